@@ -1,0 +1,226 @@
+"""Stage 2b, the masked token transformer (ECHOPulse section 3.2, Table 5) and progressive sampling (section 3.3).
+
+A bidirectional transformer fills in masked video tokens, told by the ECG: by cross-attention to the encoder's whole
+sequence Z, with the time in seconds between a latent frame and an ECG patch in the rotary embedding, and by the ECG
+samples around each latent frame, projected onto its tokens. The second is what places a beat to within a frame.
+
+    tokens (B, T', h, w) with masked places (True = masked, to be predicted) + ECG -> the distribution of each token
+
+A token of 13 bits is predicted as its 7 low bits, then its 6 high bits given those: the exact joint of 8192 codes by
+the chain rule, at the price of 192 outputs. Run the file to see the settings and the number of parameters.
+"""
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data.clips import ECG_HZ, LEADS, cut_ecg, parse_flags, run_main
+from tokenizer import Block, index_to_bits, parameter_count
+
+TIME_UNIT = 0.04        # seconds; rotary periods run from 2 to 200 of it, 80 ms to 8 s
+
+
+@dataclass
+class GeneratorConfig:
+    dim: int = 192              # width of the transformer
+    heads: int = 4              # attention heads
+    mlp_dim: int = 768          # hidden width of the MLP
+    depth: int = 4              # layers
+    ecg_before: float = 0.8     # seconds of ECG before a latent frame that its tokens see directly
+    ecg_after: float = 0.4      # and after it
+    bits: int = 13              # of the tokenizer
+    grid: int = 8               # of the tokenizer: h = w
+    latent_frames: int = 6      # of the tokenizer: T'
+    patch_t: int = 2            # of the tokenizer: frames of one latent frame after the first
+    ecg_dim: int = 128          # width of the ECG encoder's Z
+
+
+PRESETS = {"demo": {}, "paper": dict(dim=512, heads=8, mlp_dim=2048, depth=6, grid=16, ecg_dim=768)}
+
+
+class Condition(NamedTuple):
+    """What the generator is told of the ECG. Times are seconds after the window's first frame."""
+    z: torch.Tensor             # (B, L n, ecg_dim), the encoder's sequence
+    z_time: torch.Tensor        # (B, L n), middle of each patch
+    ecg: torch.Tensor           # (B, L, samples), cleaned
+    leads: torch.Tensor         # (L,), indices into LEADS
+    ecg_start: torch.Tensor     # (B,), time of ecg sample 0
+    fps: torch.Tensor           # (B,)
+    drop: torch.Tensor          # (B,) True = learned null context in the ECG's place
+
+
+def condition(encoder, ecg, leads, ecg_start, fps, drop=None):
+    """Encode ecg (B, L, samples) with an EcgEncoder."""
+    z = encoder(ecg, leads)                                                                 # B L n D
+    B, L, n, D = z.shape
+    patch = ecg.shape[-1] // n
+    time = ecg_start[:, None] + (torch.arange(n, device=ecg.device) + 0.5) * patch / ECG_HZ  # B n
+    drop = torch.zeros(B, dtype=torch.bool, device=ecg.device) if drop is None else drop
+    return Condition(z.reshape(B, L * n, D), time.repeat(1, L), ecg, leads, ecg_start, fps, drop)
+
+
+class Generator(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.low_bits, self.high_bits = (c.bits + 1) // 2, c.bits // 2
+        self.embed = nn.Linear(c.bits, c.dim)
+        self.mask_token = nn.Parameter(0.3 * torch.randn(c.dim))
+        self.place = nn.Parameter(0.3 * torch.randn(1, c.grid ** 2, c.dim))
+        self.order = nn.Parameter(0.3 * torch.randn(c.latent_frames, 1, c.dim))
+        self.null_z = nn.Parameter(0.02 * torch.randn(c.ecg_dim))
+        self.null_local = nn.Parameter(torch.zeros(c.dim))
+        self.local_in = nn.Linear(round((c.ecg_before + c.ecg_after) * ECG_HZ), c.dim)
+        self.local_lead = nn.Embedding(len(LEADS), c.dim)
+        self.local_out = nn.Linear(c.dim, c.dim)
+        self.blocks = nn.ModuleList(Block(c.dim, c.heads, c.mlp_dim, context_dim=c.ecg_dim) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.dim)
+        self.to_low = nn.Linear(c.dim, 2 ** self.low_bits)
+        self.given_low = nn.Embedding(2 ** self.low_bits, c.dim)
+        self.mix, self.to_high = nn.Linear(c.dim, c.dim), nn.Linear(c.dim, 2 ** self.high_bits)
+        nn.init.zeros_(self.local_out.weight)       # zero at first: an unscaled branch stalls the learning
+        nn.init.zeros_(self.local_out.bias)
+
+    def frame_times(self, fps):
+        """fps (B,) -> (B, T') seconds of the middle of each latent frame; the first is one frame, the rest P_t."""
+        i, p = torch.arange(self.config.latent_frames, device=fps.device), self.config.patch_t
+        return torch.where(i == 0, 0, (i - 1) * p + (p + 1) / 2) / fps[:, None]
+
+    def local_ecg(self, cond, times):
+        """The samples of ecg_before .. ecg_after seconds around each latent frame: (B, L, T', samples)."""
+        first = ((times - self.config.ecg_before - cond.ecg_start[:, None]) * ECG_HZ).round().long()  # B T'
+        at = first[..., None] + torch.arange(self.local_in.in_features, device=times.device)         # B T' W
+        inside = (at >= 0) & (at < cond.ecg.shape[-1])
+        at = at.clamp(0, cond.ecg.shape[-1] - 1)[:, None].expand(-1, cond.ecg.shape[1], -1, -1)      # B L T' W
+        samples = torch.gather(cond.ecg[:, :, None].expand(-1, -1, at.shape[2], -1), 3, at)
+        return samples * inside[:, None]
+
+    def features(self, index, masked, cond):
+        """index, masked (B, T', h, w) -> (B, T' hw, D)."""
+        B, T, h, w = index.shape
+        times = self.frame_times(cond.fps)                                                  # B T'
+        local = F.gelu(self.local_in(self.local_ecg(cond, times)) + self.local_lead(cond.leads)[:, None])
+        local = self.local_out(local.mean(1))                                               # B T' D
+        local = torch.where(cond.drop[:, None, None], self.null_local, local)
+        z = torch.where(cond.drop[:, None, None], self.null_z, cond.z)                      # B M ecg_dim
+        x = self.embed(index_to_bits(index, self.config.bits))
+        x = torch.where(masked[..., None], self.mask_token, x).reshape(B, T, h * w, -1)
+        x = (x + self.place + self.order + local[:, :, None]).flatten(1, 2)                 # B T'hw D
+        time = times.repeat_interleave(h * w, dim=1) / TIME_UNIT                            # B T'hw
+        for block in self.blocks:
+            x = block(x, time, z, cond.z_time / TIME_UNIT)
+        return self.norm(x)
+
+    def high_logits(self, x, low):
+        """Logits of the high bits (B, N, 2^6) given the low bits (B, N)."""
+        return self.to_high(F.gelu(self.mix(x) + self.given_low(low)))
+
+    def forward(self, index, masked, cond):
+        """Cross-entropy of every token, nats (B, T', h, w); Eq. 7 is its mean over the masked ones."""
+        x = self.features(index, masked, cond)
+        low, high = index.flatten(1) % 2 ** self.low_bits, index.flatten(1) >> self.low_bits
+        loss = F.cross_entropy(self.to_low(x).float().transpose(1, 2), low, reduction="none") \
+            + F.cross_entropy(self.high_logits(x, low).float().transpose(1, 2), high, reduction="none")
+        return loss.reshape(index.shape)
+
+    @torch.no_grad()
+    def propose(self, index, masked, cond, guidance, temperature, rng):
+        """Draw every token from its own distribution: (B, N) tokens and their log-probability."""
+        if guidance != 1:       # one batch of 2 B: with the ECG, and with the null context
+            cond = Condition(*(x if k == "leads" else torch.cat([x, x]) for k, x in cond._asdict().items()))
+            cond.drop[len(index):] = True
+            index, masked = torch.cat([index, index]), torch.cat([masked, masked])
+        x = self.features(index, masked, cond)
+        low, low_p = draw(guide(self.to_low(x).float(), guidance), temperature, rng)
+        both = low if guidance == 1 else torch.cat([low, low])
+        high, high_p = draw(guide(self.high_logits(x, both).float(), guidance), temperature, rng)
+        return low + (high << self.low_bits), low_p + high_p
+
+
+def guide(logits, scale):
+    """Classifier-free guidance (Ho and Salimans 2022): uncond + s (cond - uncond); s = 1 is off.
+
+    logits (2 B, ...), the conditional half first, -> (B, ...); at s = 1 they are (B, ...) and stay as they are.
+    """
+    if scale == 1:
+        return logits
+    cond, uncond = logits.chunk(2)
+    return uncond + scale * (cond - uncond)
+
+
+def uniform(shape, rng):
+    """Uniform numbers in (0, 1), drawn on the CPU so that a seed gives the same video on every device."""
+    return torch.rand(shape, generator=rng).clamp(1e-9, 1 - 1e-7)
+
+
+def draw(logits, temperature, rng):
+    """One draw from softmax(logits / temperature) by Gumbel's trick: index (B, N), its log-probability (B, N)."""
+    gumbel = -(-uniform(logits.shape, rng).log()).log().to(logits.device)
+    index = (logits / max(temperature, 1e-4) + gumbel).argmax(-1)
+    return index, logits.log_softmax(-1).gather(-1, index[..., None])[..., 0]
+
+
+def masked_share(u):
+    """Cosine schedule: the share of tokens that is masked at u in [0, 1]."""
+    return torch.cos(math.pi / 2 * torch.as_tensor(u))                                      # Eq. 8
+
+
+@torch.no_grad()
+def fill_in(generator, index, masked, cond, steps=8, guidance=1.0, temperature=1.0, noise=1.0, rng=None):
+    """Masked parallel decoding (MaskGIT, Chang et al. 2022): fill the masked places of index (B, T', h, w).
+
+    Each step draws all masked tokens and keeps the surest; `noise` scales the annealed Gumbel noise on the
+    confidence. masked must hold equally many True in every item. Tokens that are not masked never change.
+    """
+    shape, total = index.shape, int(masked[0].sum())
+    for step in range(steps):
+        drawn, score = generator.propose(index, masked, cond, guidance, temperature, rng)
+        index = torch.where(masked, drawn.reshape(shape), index)
+        left = int(total * masked_share((step + 1) / steps))        # 0 after the last step
+        gumbel = -(-uniform(score.shape, rng).log()).log().to(score.device)
+        score = score + noise * (1 - (step + 1) / steps) * gumbel
+        score = score.masked_fill(~masked.flatten(1), math.inf)
+        rank = score.argsort(1).argsort(1)                                                  # B N
+        masked = (rank < left).reshape(shape)
+    return index
+
+
+@torch.no_grad()
+def stream_video(tokenizer, encoder, generator, ecg, leads, ecg_start, frames, fps, first=None, overlap=5, seed=0,
+                 **how):
+    """Progressive sampling: yields the video in chunks (B, C, n, H, W) in [0, 1], `frames` frames in all.
+
+    ecg (B, L, N) cleaned, numpy, sample 0 at ecg_start seconds; leads (L,); first (B, C, 1, H, W) or None.
+    Each window re-encodes the last `overlap` frames (1 + a multiple of P_t), slides the ECG to its own time span,
+    and goes on: the memory does not grow with the length. `how` goes to fill_in.
+    """
+    c, device = generator.config, next(generator.parameters()).device
+    rng, (B, size) = torch.Generator().manual_seed(seed), (len(ecg), encoder.config.samples)
+    window = tokenizer.config.frames
+    fps_b, leads = torch.full((B,), float(fps), device=device), torch.as_tensor(leads, device=device)
+    known, begin, done = first, 0, 0        # frames that the window knows, its first frame, frames yielded
+    while done < frames:
+        cut = round(((begin + window / 2) / fps - ecg_start) * ECG_HZ) - size // 2
+        start = torch.full((B,), ecg_start + cut / ECG_HZ - begin / fps, device=device)
+        cond = condition(encoder, torch.from_numpy(cut_ecg(ecg, cut, size)).to(device), leads, start, fps_b)
+        index = torch.zeros(B, c.latent_frames, c.grid, c.grid, dtype=torch.long, device=device)
+        masked = torch.ones_like(index, dtype=torch.bool)
+        if known is not None:
+            prefix = tokenizer.encode(known)
+            index[:, :prefix.shape[1]], masked[:, :prefix.shape[1]] = prefix, False
+        video = tokenizer.decode(fill_in(generator, index, masked, cond, rng=rng, **how))  # B C window H W
+        fresh = video[:, :, done - begin:][:, :, :frames - done]
+        yield fresh
+        done, begin, known = done + fresh.shape[2], begin + window - overlap, video[:, :, -overlap:]
+
+
+def main():
+    config = parse_flags(GeneratorConfig, PRESETS)
+    print(f"{config}\n{parameter_count(Generator(config)):.2f}M parameters")
+
+
+if __name__ == "__main__":
+    run_main(main)

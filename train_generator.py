@@ -1,0 +1,218 @@
+"""Train the masked token transformer and the ECG encoder (ECHOPulse section 3.2; Eq. 7 and 8).
+
+    python train_generator.py --data=datasets/phantom --weights=runs/demo --out=runs/demo      # demo, CPU or one GPU
+    torchrun --nproc_per_node=8 train_generator.py --preset=paper --data=datasets/NAME --weights=DIR --out=runs/NAME
+
+Needs tokenizer.pt and ecg_encoder.pt in --weights. Reads windows of T+1 frames with the ECG around them, writes
+OUT/generator.pt and OUT/ecg_encoder.pt (EMA weights), OUT/generator_state.pt (all that --resume needs) and
+OUT/generator.jsonl (a line a logged step). Every validation also gives the loss with a wrong ECG, another clip's:
+the gap between the two is the method's pulse. It opens late, after some thousands of clips.
+"""
+import copy
+import math
+import time
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import generator
+from data.clips import Clips, RandomWindows, UserError, batches, parse_flags, run_main
+from ecg_encoder import EcgConfig, EcgEncoder, clean_ecg
+from generator import Generator, GeneratorConfig, condition, masked_share
+from tokenizer import Tokenizer, TokenizerConfig, parameter_count
+from train_tokenizer import (Log, all_mean, check_out, ema_update, init_distributed, load_weights, model_config,
+                             read_file, save_atomic, save_weights, schedule)
+
+
+@dataclass
+class TrainConfig(GeneratorConfig):
+    data: str = "datasets/phantom"  # prepared data set
+    weights: str = "runs/demo"      # folder with tokenizer.pt and ecg_encoder.pt
+    out: str = "runs/demo"          # folder for weights, state and log
+    init_from: str = ""             # start from the generator in this folder
+    resume: bool = False            # go on from OUT's saved state
+    steps: int = 0                  # stop after so many steps; 0 = after --minutes
+    minutes: float = 60             # stop after so many minutes of training
+    batch: int = 8                  # clips of one step in one process
+    accumulate: int = 1             # steps whose gradients are added up before an update
+    lr: float = 1e-3                # peak learning rate of AdamW; linear warm-up, then cosine to a twentieth
+    warmup: int = 300               # steps of warm-up
+    weight_decay: float = 0.01      # of AdamW
+    clip_norm: float = 1.0          # gradient norm is clipped here
+    ema: float = 0.98               # EMA of the weights, every 10 steps
+    none_share: float = 0.15        # clips trained without any known frame
+    prefix_share: float = 0.40      # clips trained with two or more known latent frames; the rest know the first
+    drop_ecg: float = 0.10          # clips whose ECG is replaced by the null context
+    bf16: bool = True               # autocast to bfloat16
+    compile: bool = False           # torch.compile
+    workers: int = 0                # data loading processes
+    log_every: int = 20             # steps between two lines of the log
+    eval_every: int = 500           # steps between two validations
+    save_every: int = 500           # steps between two checkpoints
+    seed: int = 0                   # of weights and data
+
+
+PRESETS = {"demo": {}, "paper": generator.PRESETS["paper"] | dict(lr=1e-4, batch=16, compile=True, workers=8)}
+
+
+class Stage2(nn.Module):
+    """Encoder and generator as one module, as DDP wants it: its forward is the loss of every token."""
+
+    def __init__(self, ecg_encoder, generator):
+        super().__init__()
+        self.ecg_encoder, self.generator = ecg_encoder, generator
+
+    def forward(self, index, masked, batch, drop):
+        cond = condition(self.ecg_encoder, batch["ecg"], batch["leads"][0], batch["ecg_start"], batch["fps"], drop)
+        return self.generator(index, masked, cond)
+
+
+def choose_masked(config, noise, T, N, known=None):
+    """Masks of a batch from its uniform numbers, noise (B, 3 + T N) -> masked (B, T, N) bool.
+
+    Known latent frames (none, the first, or a prefix; `known` fixes how many) are never masked; of the other tokens
+    the cosine schedule masks a share, at least one.
+    """
+    kind, share, length = noise[:, 0], noise[:, 1], noise[:, 2]
+    prefix = 2 + (length * (T - 2)).long()                                                  # 2 .. T-1
+    chosen = torch.where(kind < config.none_share, 0, torch.where(kind < 1 - config.prefix_share, 1, prefix))
+    known = chosen if known is None else torch.full_like(chosen, known)                     # B
+    free = (T - known) * N
+    many = (masked_share(share) * free).ceil().clamp(min=1)                                 # B
+    order = noise[:, 3:3 + T * N].reshape(-1, T, N)
+    order = order.masked_fill(torch.arange(T, device=noise.device)[:, None] < known[:, None, None], 2).flatten(1)
+    return (order.argsort(1).argsort(1) < many[:, None]).reshape(-1, T, N)
+
+
+def masked_mean(loss, masked):
+    """Mean over the masked tokens of all ranks; DDP averages what the ranks return."""     # Eq. 7
+    total = masked.sum().float()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+        total = total / dist.get_world_size()
+    return (loss * masked).sum() / total
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, data, config, device, rank, world, items=64):
+    """Loss with the right and with another clip's ECG, knowing the first frame or half of the clip."""
+    sums = {f"val_{known}_{ecg}": 0.0 for known in ("first", "prefix") for ecg in ("right", "wrong")}
+    for start in range(rank * config.batch, items, config.batch * world):
+        batch = torch.utils.data.default_collate([data[n] for n in range(start, start + config.batch)])
+        batch = {k: v.to(device) for k, v in batch.items()}
+        index = tokenizer.encode(batch["video"])
+        wrong = batch | {k: batch[k].roll(1, 0) for k in ("ecg", "ecg_start")}
+        for name, known in (("first", 1), ("prefix", index.shape[1] // 2)):
+            masked = choose_masked(config, batch["noise"], index.shape[1], index[0, 0].numel(), known)
+            masked = masked.reshape(index.shape)
+            for ecg, told in (("right", batch), ("wrong", wrong)):
+                loss = masked_mean(model(index, masked, told, torch.zeros_like(batch["fps"], dtype=torch.bool)), masked)
+                sums[f"val_{name}_{ecg}"] += loss.item() * config.batch * world / items
+    return all_mean(sums, device)
+
+
+def main():
+    config = parse_flags(TrainConfig, PRESETS)
+
+    # ---- distributed and seed
+    device, rank, world = init_distributed(config.seed)
+    state_path = check_out(config, "generator")
+
+    # ---- tokenizer and data
+    tokenizer = load_weights(config.weights, "tokenizer", Tokenizer, TokenizerConfig).eval().to(device)
+    encoder = load_weights(config.weights, "ecg_encoder", EcgEncoder, EcgConfig)
+    for key, value in dict(bits=tokenizer.config.bits, grid=tokenizer.grid, patch_t=tokenizer.config.patch_t,
+                           latent_frames=tokenizer.latent_frames, ecg_dim=encoder.config.dim).items():
+        if getattr(config, key) != value:
+            raise UserError(f"--{key}={getattr(config, key)}, but the weights in {config.weights} have {value}")
+    T, N = tokenizer.latent_frames, tokenizer.grid ** 2
+    train, val = (RandomWindows(Clips(config.data, split), tokenizer.config.frames, encoder.config.samples, clean_ecg,
+                                config.batch * world, config.seed, 4 + T * N) for split in ("train", "val"))
+
+    # ---- model
+    shape = model_config(config, GeneratorConfig)
+    raw = Stage2(encoder, load_weights(config.init_from, "generator", Generator, GeneratorConfig, shape)
+                 if config.init_from else Generator(shape)).to(device)
+    if rank == 0:
+        print(f"{config}\n{parameter_count(raw.generator):.2f}M parameters and {parameter_count(raw.ecg_encoder):.2f}M "
+              f"of the ECG encoder, {len(train.clips)} clips, {device} x {world}")
+
+    # ---- optimizer and EMA
+    optimizer = torch.optim.AdamW(raw.parameters(), lr=config.lr, betas=(0.9, 0.99),
+                                  weight_decay=config.weight_decay, fused=True)
+    ema = copy.deepcopy(raw).eval()
+
+    # ---- resume
+    step, seconds = 0, 0.0
+    if config.resume:
+        saved = read_file(state_path)
+        raw.load_state_dict(saved["model"]), ema.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, seconds = saved["step"], saved["seconds"]
+
+    # ---- compile and DDP
+    model = torch.compile(raw) if config.compile else raw
+    if dist.is_initialized():
+        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+    # ---- loop
+    log, loader = Log(config, "generator", rank), batches(train, config.batch, step, rank, world, config.workers)
+    log.bar.update(step)
+    began, results = time.time() - seconds, {}
+    for step in count(step):
+        seconds = time.time() - began
+        done, lr = schedule(config, step, seconds)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        finished = all_mean({"done": done}, device)["done"] >= 1
+
+        # evaluate and save
+        if step > 0 and (finished or step % config.eval_every == 0):
+            results = log.write(step, **evaluate(ema, tokenizer, val, config, device, rank, world))
+        if rank == 0 and step > 0 and (finished or step % config.save_every == 0):
+            save_weights(config.out, "generator", ema.generator, step)
+            save_weights(config.out, "ecg_encoder", ema.ecg_encoder, step)
+            save_atomic({"model": raw.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                         "step": step, "seconds": seconds}, state_path)
+        if finished:
+            break
+
+        # accumulate, clip, step, EMA
+        batch = {k: v.to(device, non_blocking=True) for k, v in next(loader).items()}
+        index = tokenizer.encode(batch["video"])                                            # B T' h w
+        masked = choose_masked(config, batch["noise"], T, N).reshape(index.shape)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            loss = masked_mean(model(index, masked, batch, batch["noise"][:, -1] < config.drop_ecg), masked)
+        (loss / config.accumulate).backward()
+        if (step + 1) % config.accumulate == 0:
+            norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), config.clip_norm)
+            if not torch.isfinite(norm):
+                raise UserError(f"step {step}: loss or gradient is not finite, clips {batch['clip'].tolist()}; "
+                                f"{state_path} keeps the last good state")
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 10 == 0:
+            ema_update(ema, raw, min(config.ema, step / (step + 100)))
+
+        # log
+        if step % config.log_every == 0:
+            values = all_mean({"loss": loss, "masked": masked.float().mean()}, device)
+            log.write(step, **values, lr=lr, seconds=seconds, clips_per_s=log.rate(step) * config.batch * world,
+                      leads=len(batch["leads"][0]))
+            log.bar.set_postfix({"loss": f"{values['loss']:.3f}", **results})
+        log.bar.update()
+
+    # ---- teardown
+    log.bar.close()
+    if rank == 0:
+        print(f"{config.out}/generator.pt: {step} steps, {seconds / 60:.1f} minutes, {results}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_main(main)
