@@ -42,7 +42,7 @@ class TrainConfig(TokenizerConfig):
     clip_norm: float = 1.0          # gradient norm is clipped here
     ema: float = 0.98               # EMA of the weights, every 10 steps
     mse_weight: float = 50.0        # Eq. 2
-    commitment_weight: float = 0.02  # Eq. 4
+    commitment_weight: float = 0.25  # Eq. 4
     entropy_weight: float = 0.02    # LFQ entropy loss, falling to a tenth over the training
     bf16: bool = True               # autocast to bfloat16
     compile: bool = False           # torch.compile

@@ -1,0 +1,601 @@
+"""Measure a trained model on a prepared set: reconstruction, ejection fraction, synchrony with the ECG.
+
+    python evaluate.py segmenter      --data=datasets/phantom --out=runs/demo --minutes=2    # U-Net for LV masks
+    python evaluate.py reconstruction --data=datasets/phantom --weights=runs/demo            # the paper's Table 1
+    python evaluate.py ef             --data=datasets/phantom --weights=runs/demo            # its Table 3
+    python evaluate.py sync           --data=datasets/phantom --weights=runs/demo --num=64   # the synchrony test
+
+Prints a table and writes OUT/eval_MODE.json. --target_KEY=x (--target_ssim=.8, --target_shift_ms=160) turns a
+figure into a check: exit code 1 where it is farther from its best value than x is. Area and volume curves come from
+one small U-Net, applied alike to true and generated video. Areas in pixels, volumes in pixel^3, EF in points.
+"""
+import json
+import math
+import re
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import label
+from scipy.signal import find_peaks, savgol_filter
+from torch import nn
+from tqdm import tqdm
+
+from data.clips import ECG_HZ, LEADS, Clips, UserError, cut_ecg, parse_flags, parse_value, run_main
+from ecg_encoder import EcgConfig, EcgEncoder, clean_ecg, find_r_peaks
+from generator import Generator, GeneratorConfig, stream_video
+from tokenizer import Tokenizer, TokenizerConfig, parameter_count, patchify
+from train_tokenizer import Log, commit, init_distributed, load_weights, save_weights, schedule
+
+
+@dataclass
+class EvalConfig:
+    data: str = "datasets/phantom"  # prepared data set
+    weights: str = "weights"        # folder with the trained weights
+    out: str = "out"                # folder for eval_MODE.json; segmenter: for segmenter.pt too
+    split: str = "test"             # split that is measured; segmenter: val, always
+    num: int = 0                    # clips, drawn by --seed; 0 = all of the split
+    frames: int = 64                # sync, ef: frames of a clip, from its first one on
+    leads: str = ""                 # sync, ef: ECG leads by name, such as II or I,V2; empty = all of the set
+    steps: int = 0                  # sync, ef: decoding steps, 0 = the generator's own; segmenter: of training
+    guidance: float = 1.0           # sync, ef: scale of classifier-free guidance; 1 = off
+    temperature: float = 1.0        # sync, ef: of the draws
+    overlap: int = 5                # sync, ef: frames that a window knows of the one before
+    batch: int = 16                 # clips, windows or training frames at a time
+    seed: int = 0                   # of the choice of clips, the draws and the segmenter
+    minutes: float = 2              # segmenter: training time, where --steps is 0
+    lr: float = 3e-3                # segmenter: peak learning rate
+    warmup: int = 50                # segmenter: steps of warm-up
+
+
+EF = "ef_r2 ef_mae ef_rmse ef_r2_true ef_mae_true ef_rmse_true"
+FIGURES = {"segmenter": f"dice {EF} clips",
+           "reconstruction": "mse mae psnr ssim codes_used codebook_perplexity rd_bound_mse windows clips",
+           "ef": f"{EF} clips clips_excluded",
+           "sync": "area_r_median area_r_mean ed_error_ms_median ed_error_ms_p95 beats_found extra_beats "
+                   "ed_error_ms_median_video beats_found_video shift_ms flat_swing flat_drift swap_follows_donor "
+                   f"swap_r_donor swap_r_own swing drift {EF} clips clips_excluded"}
+# The best value of a figure, where it is not 0: the direction of its --target_KEY
+BEST = dict(dice=1, ef_r2=1, ef_r2_true=1, psnr=math.inf, ssim=1, codes_used=math.inf, codebook_perplexity=math.inf,
+            windows=math.inf, clips=math.inf, area_r_median=1, area_r_mean=1, beats_found=1, beats_found_video=1,
+            shift_ms=200, flat_drift=1, swap_follows_donor=1, swap_r_donor=1, swing=1, drift=1)
+
+
+# ---------------------------------------------------------------------------- left-ventricular masks
+
+@dataclass
+class SegmenterConfig:
+    channels: int = 1           # of the video
+    width: int = 16             # channels of the first level, doubled at each one below
+    levels: int = 3             # resolutions
+
+
+def double_conv(inputs, width):
+    layers = []
+    for n in (inputs, width):
+        layers += [nn.Conv2d(n, width, 3, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class Segmenter(nn.Module):
+    """U-Net (Ronneberger et al. 2015), frames of any size: (B, C, H, W) in [0, 1] -> logits (B, 1, H, W)."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        widths = [c.width * 2 ** i for i in range(c.levels)]
+        self.down = nn.ModuleList(map(double_conv, [c.channels, *widths], widths))
+        self.up = nn.ModuleList(double_conv(a + b, a) for a, b in zip(widths[-2::-1], widths[:0:-1]))
+        self.head = nn.Conv2d(c.width, 1, 1)
+
+    def forward(self, x):
+        skips = []
+        for i, block in enumerate(self.down):
+            x = block(F.max_pool2d(x, 2, ceil_mode=True) if i else x)                       # B 2^i width H/2^i W/2^i
+            skips.append(x)
+        for block, skip in zip(self.up, skips[-2::-1]):
+            x = F.interpolate(x, skip.shape[-2:], mode="bilinear", align_corners=False)
+            x = block(torch.cat([skip, x], dim=1))
+        return self.head(x)
+
+
+def largest_part(mask):
+    """The largest connected region of a mask (H, W)."""
+    parts, many = label(mask)
+    return parts == np.bincount(parts.flat)[1:].argmax() + 1 if many > 1 else mask
+
+
+@torch.no_grad()
+def segment(segmenter, video):
+    """video (B, C, T, H, W) in [0, 1] -> masks (B, T, H, W) uint8, one region each; 64 frames at a time."""
+    B, C, T, H, W = video.shape
+    if C != segmenter.config.channels:
+        raise UserError(f"the segmenter takes {segmenter.config.channels} channels, the video has {C}")
+    device = next(segmenter.parameters()).device
+    chunks = video.transpose(1, 2).flatten(0, 1).split(64)                                  # BT C H W
+    masks = torch.cat([(segmenter(x.to(device)) > 0)[:, 0].cpu() for x in chunks]).numpy()  # BT H W
+    return np.stack([largest_part(m) for m in masks]).astype(np.uint8).reshape(B, T, H, W)
+
+
+def segmenter_batch(clips, config, step):
+    """Random frames (B, C, H, W) and masks (B, 1, H, W), a function of (seed, step).
+
+    Gain, gamma and blur vary, so that the U-Net also fits the smoother video of a tokenizer.
+    """
+    rng, B = np.random.default_rng((config.seed, step)), config.batch
+    at = [(i, int(rng.integers(clips[i]["frames"]))) for i in rng.integers(len(clips), size=B).tolist()]
+    x, y = (torch.from_numpy(np.concatenate([clips.per_frame(name, i, t, 1) for i, t in at])).float()
+            for name in ("video", "mask"))
+    vary = rng.uniform([[0.7], [0.7], [0]], [[1.3], [1.4], [1]], (3, B))
+    gain, gamma, soft = torch.from_numpy(vary).float()[..., None, None, None]               # B 1 1 1 each
+    x = x.permute(0, 3, 1, 2) / 255                                                         # B C H W
+    x = x.lerp(gaussian(F.pad(x, (5, 5, 5, 5), mode="replicate")), soft)
+    return (gain * x ** gamma).clamp(0, 1), y[:, None]
+
+
+def mask_loss(logits, mask):
+    """Binary cross-entropy + 1 - Dice, the mean over frames."""
+    p = torch.sigmoid(logits)
+    dice = (2 * (p * mask).sum((1, 2, 3)) + 1) / ((p + mask).sum((1, 2, 3)) + 1)
+    return F.binary_cross_entropy_with_logits(logits, mask) + 1 - dice.mean()
+
+
+def train_segmenter(config, device):
+    """Train the U-Net on the masks of the train split, write OUT/segmenter.pt, measure it on the val split."""
+    train, val = Clips(config.data, "train"), Clips(config.data, "val")
+    config.split, config.weights = "val", config.out
+    model = Segmenter(SegmenterConfig(train.meta["channels"])).to(device)
+    print(f"{config}\n{parameter_count(model):.2f}M parameters, {len(train)} clips")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+    log, began = Log(config, "segmenter", 0), time.time()
+    for step in count():
+        done, lr = schedule(config, step, time.time() - began)
+        if done >= 1:
+            break
+        optimizer.param_groups[0]["lr"] = lr
+        x, y = segmenter_batch(train, config, step)
+        loss = mask_loss(model(x.to(device)), y.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            log.bar.set_postfix(log.write(step, loss=loss.item(), lr=lr))
+        log.bar.update()
+    log.bar.close()
+    save_weights(config.out, "segmenter", model, step)
+    return segmenter_figures(model.eval(), val, chosen(val, config.num, config.seed))
+
+
+def segmenter_figures(model, clips, numbers):
+    """Dice of the frames that show a ventricle; EF against the true masks', and (_true) against the set's own."""
+    dice, found, drawn, known = [], [], [], []
+    for i in tqdm(numbers, desc="val"):
+        row, mask = clips[i], clips.per_frame("mask", i)                                    # T H W
+        guess = segment(model, as_video(clips.per_frame("video", i))[None])[0]
+        both, size = (mask * guess).sum((1, 2)), mask.sum((1, 2), dtype=float)
+        dice.append((2 * both / (size + guess.sum((1, 2)) + 1e-9))[size > 0])
+        ef = [cardiac_cycle(m.sum((1, 2)), disk_volume(m), row["fps"])["ef"] for m in (guess, mask)]
+        if ef[1] is not None:       # a heart that stands still has none
+            found.append(ef[0]), drawn.append(ef[1]), known.append(row["ef"])
+    return {"dice": np.concatenate(dice).mean(), **ef_scores(found, drawn), **ef_scores(found, known, "_true"),
+            "clips": len(numbers)}
+
+
+# ---------------------------------------------------------------------------- curves: volume, beats, EF
+
+SMOOTH_S = 0.1      # half-width of the smoothing: a quadratic fit keeps the extremes that a mean cuts off
+MIN_SWING = 0.05    # an area curve that swings by less than this share of its median shows no beats
+MIN_DEPTH = 0.3     # a beat falls and rises by this share of the curve's swing
+REFRACTORY_S = 0.25
+
+
+def disk_volume(masks, disks=20):
+    """Single-plane method of disks: masks (T, H, W) -> volumes (T,) in pixel^3, pi/4 times the sum of d_i^2 h.
+
+    The long axis is the mask's principal axis; d_i is the mean diameter of a slice, its area over its height h.
+    """
+    volumes = np.zeros(len(masks))
+    for t, mask in enumerate(masks):
+        at = np.argwhere(mask).astype(float)                                                # N 2
+        if len(at) < 3:
+            continue
+        at -= at.mean(0)
+        along = at @ np.linalg.eigh(at.T @ at)[1][:, -1]                                    # N
+        edges = np.linspace(along.min() - 0.5, along.max() + 0.5, disks + 1)
+        # a pixel has a width: counting the centres in each slice would be wrong by up to 13 % at 64 x 64
+        area = np.diff(np.clip(edges[:, None] - along + 0.5, 0, 1).sum(1))
+        volumes[t] = math.pi / 4 * np.square(area).sum() / (edges[1] - edges[0])
+    return volumes
+
+
+def smooth(curve, fps):
+    """Savitzky-Golay filter (quadratic, 2 SMOOTH_S long) of a curve (T,)."""
+    return savgol_filter(np.asarray(curve, float), 2 * max(1, round(SMOOTH_S * fps)) + 1, 2, mode="nearest")
+
+
+def swing(curve, fps):
+    """95th minus 5th percentile of the smoothed curve."""
+    return np.subtract(*np.percentile(smooth(curve, fps), [95, 5]))
+
+
+def cardiac_cycle(area, volume, fps):
+    """LV area and volume (T,) -> {"ed_frames", "es_frames": lists of int, "ef": points or None}.
+
+    ED and ES are the prominent maxima and minima of the smoothed area curve, never its two ends. EF is the median of
+    (EDV - ESV) / EDV over neighbouring ED and ES. A curve that hardly swings, or no more than its own noise makes
+    it, has no beats: a constant curve must not score.
+    """
+    a, v = smooth(area, fps), smooth(volume, fps)
+    height, noise = swing(area, fps), np.std(area - a)
+    if height <= max(MIN_SWING * np.median(a), 6 * noise):      # white noise alone gives 3.2 of its own
+        return {"ed_frames": [], "es_frames": [], "ef": None}
+    extremes = partial(find_peaks, prominence=MIN_DEPTH * height, distance=max(1, REFRACTORY_S * fps))
+    ed, es = extremes(a)[0].tolist(), extremes(-a)[0].tolist()
+    order = sorted([(t, True) for t in ed] + [(t, False) for t in es])
+    pairs = [(s, t) if is_ed else (t, s) for (s, is_ed), (t, next_ed) in zip(order, order[1:]) if is_ed != next_ed]
+    efs = [100 * (v[d] - v[s]) / v[d] for d, s in pairs if v[d] > 0]
+    return {"ed_frames": ed, "es_frames": es, "ef": float(np.median(efs)) if efs else None}
+
+
+def ef_scores(found, target, suffix=""):
+    """R2, MAE, RMSE of EFs in points. Unknown targets are left out; a video without beats ejects nothing: 0."""
+    pairs = np.array([(f or 0, t) for f, t in zip(found, target) if not math.isnan(t)]).reshape(-1, 2)
+    error = pairs[:, 0] - pairs[:, 1]
+    mae, mse, spread = middle(np.abs(error), np.mean), middle(np.square(error), np.mean), middle(pairs[:, 1], np.var)
+    return {f"ef_r2{suffix}": 1 - ratio(mse, spread), f"ef_mae{suffix}": mae, f"ef_rmse{suffix}": mse ** 0.5}
+
+
+def middle(values, statistic=np.median):
+    """The median (or mean, ...) of values; nan of none."""
+    return float(statistic(values)) if len(values) else math.nan
+
+
+def ratio(a, b):
+    return a / b if b else math.nan
+
+
+# ---------------------------------------------------------------------------- reading the set
+
+def as_video(frames):
+    """(T, H, W, C) uint8 -> (C, T, H, W) in [0, 1]."""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 255
+
+
+def chosen(clips, num, seed):
+    """Numbers of `num` clips, drawn by the seed; all where num is 0."""
+    return sorted(np.random.default_rng(seed).permutation(len(clips))[:num or None].tolist())
+
+
+def windows(clips, numbers, frames):
+    """Each clip cut into consecutive windows: yields (windows, C, frames, H, W)."""
+    lengths = {i: clips[i]["frames"] // frames for i in numbers}
+    if not any(lengths.values()):
+        raise UserError(f"no clip of the set has the {frames} frames of one window")
+    for i in tqdm([i for i in numbers if lengths[i]], desc="windows"):
+        video = as_video(clips.per_frame("video", i, 0, lengths[i] * frames))               # C T H W
+        yield video.unflatten(1, (-1, frames)).transpose(0, 1)
+
+
+def r_peaks_of(clips, i):
+    """R peaks of clip i in seconds after its first frame: the set's own, else found in its ECG."""
+    known = clips[i].get("r_peaks_s")
+    return np.array(re.findall(r"[-+.\de]+", known), float) if known \
+        else find_r_peaks(clips.ecg(i)) + clips[i]["ecg_offset_s"]
+
+
+def pick_leads(clips, names):
+    """Indices into the set's leads of names such as "I,V2"; all of them for ""."""
+    names = names.split(",") if names else clips.leads
+    if not names or set(names) - set(clips.leads):
+        raise UserError(f"--leads={','.join(names)}: the set has the leads {' '.join(clips.leads) or '(none)'}")
+    return [clips.leads.index(name) for name in names]
+
+
+def aligned_ecg(clips, numbers, leads, start, end):
+    """Cleaned ECG (B, L, N) of several clips, from `start` to `end` seconds after the first frame of each."""
+    first = [round((start - clips[i]["ecg_offset_s"]) * ECG_HZ) for i in numbers]
+    return np.stack([cut_ecg(clean_ecg(clips.ecg(i, leads)), at, round((end - start) * ECG_HZ))
+                     for i, at in zip(numbers, first)])
+
+
+# ---------------------------------------------------------------------------- reconstruction
+
+BOUND_CLIPS = 256   # clips of the train split that give the patch covariance
+
+
+def gaussian(x, size=11, sigma=1.5):
+    """Gaussian filter without padding: (B, C, H, W) -> (B, C, H - size + 1, W - size + 1)."""
+    C, t = x.shape[1], torch.arange(size, device=x.device) - size // 2
+    k = torch.exp(-t.square() / (2 * sigma ** 2))
+    k = (k / k.sum()).expand(C, 1, 1, size)
+    return F.conv2d(F.conv2d(x, k, groups=C), k.transpose(2, 3), groups=C)
+
+
+def ssim(x, y, K1=0.01, K2=0.03):
+    """Structural similarity (Wang et al. 2004) of frames (B, C, H, W) in [0, 1] -> (B,)."""
+    mx, my, xx, yy, xy = map(gaussian, (x, y, x * x, y * y, x * y))
+    top = (2 * mx * my + K1 ** 2) * (2 * (xy - mx * my) + K2 ** 2)
+    bottom = (mx * mx + my * my + K1 ** 2) * (xx - mx * mx + yy - my * my + K2 ** 2)
+    return (top / bottom).mean((1, 2, 3))
+
+
+def rate_distortion_bound(covariance, bits):
+    """Least mean squared error, per number, of a Gaussian vector with this covariance (n, n) at `bits` a vector.
+
+    Reverse water-filling (Cover and Thomas, 10.3): components above the water level theta keep an error of theta
+    and share the bits, sum of max(0, log2(lambda / theta) / 2) = bits; the others are not coded at all.
+    """
+    lam = np.linalg.eigvalsh(covariance)[::-1].clip(1e-12)      # largest first
+    # theta if just the k largest were coded; the right k is the one that needs the highest level
+    theta = 2 ** ((np.cumsum(np.log2(lam)) - 2 * bits) / np.arange(1, len(lam) + 1))
+    return np.minimum(theta.max(), lam).mean()
+
+
+def patch_covariance(videos, p_t, p):
+    """Covariance of all p_t x p x p patches after the first frame of videos (B, C, T+1, H, W)."""
+    total, outer, many = 0, 0, 0
+    for video in videos:
+        x = patchify(video[:, :, 1:], p_t, p).flatten(0, 2).double()                        # N C*p_t*p*p
+        total, outer, many = total + x.sum(0), outer + x.T @ x, many + len(x)
+    return (outer / many - torch.outer(total, total) / many ** 2).numpy()
+
+
+@torch.no_grad()
+def reconstruction(config, device):
+    """Consecutive windows through the tokenizer; errors are means over frames, codes are counted over all tokens."""
+    tokenizer = load_weights(config.weights, "tokenizer", Tokenizer, TokenizerConfig).eval().to(device)
+    c, clips, train = tokenizer.config, Clips(config.data, config.split), Clips(config.data, "train")
+    numbers, scores, used = chosen(clips, config.num, config.seed), [], torch.zeros(2 ** c.bits)
+    for whole in windows(clips, numbers, c.frames):
+        for video in whole.to(device).split(config.batch):
+            index = tokenizer.encode(video)
+            used += torch.bincount(index.flatten(), minlength=len(used)).cpu()
+            x, y = (v.transpose(1, 2).flatten(0, 1) for v in (video, tokenizer.decode(index)))  # BT C H W
+            mse, mae = (x - y).square().mean((1, 2, 3)), (x - y).abs().mean((1, 2, 3))
+            scores.append(torch.stack([mse, mae, -10 * mse.clamp(min=1e-10).log10(), ssim(x, y)]).cpu())
+    scores, share = torch.cat(scores, dim=1), used[used > 0] / used.sum()                   # 4 BT
+    patches = windows(train, chosen(train, BOUND_CLIPS, config.seed), c.frames)
+    return {**dict(zip(("mse", "mae", "psnr", "ssim"), scores.mean(1).tolist())), "codes_used": len(share),
+            "codebook_perplexity": (-share * share.log()).sum().exp().item(),
+            "rd_bound_mse": rate_distortion_bound(patch_covariance(patches, c.patch_t, c.patch), c.bits),
+            "windows": scores.shape[1] // c.frames, "clips": len(numbers)}
+
+
+# ---------------------------------------------------------------------------- generation under several ECGs
+
+SHIFT_S = 0.2       # by so much the ECG of condition "shifted" comes later
+
+
+@dataclass
+class Record:
+    """One clip, and what was measured in its true video and in those generated under each ECG."""
+    clip: int
+    donor: int                  # the clip whose ECG condition "swapped" has
+    fps: float
+    ef: float                   # of the set, points; nan = unknown
+    r_peaks: np.ndarray         # seconds after the first frame
+    area: dict                  # {"true", "own", "shifted", "flat", "swapped": LV area (T,)}
+    cycle: dict                 # the same names: what cardiac_cycle says
+
+
+def load_models(folder, device):
+    """Tokenizer, ECG encoder, generator and segmenter of a weights folder, on the device."""
+    parts = (("tokenizer", Tokenizer, TokenizerConfig), ("ecg_encoder", EcgEncoder, EcgConfig),
+             ("generator", Generator, GeneratorConfig), ("segmenter", Segmenter, SegmenterConfig))
+    tokenizer, encoder, generator, segmenter = (load_weights(folder, *p).eval().to(device) for p in parts)
+    for key, value in dict(bits=tokenizer.config.bits, grid=tokenizer.grid, patch_t=tokenizer.config.patch_t,
+                           latent_frames=tokenizer.latent_frames, ecg_dim=encoder.config.dim).items():
+        if getattr(generator.config, key) != value:
+            raise UserError(f"{folder}: the generator was trained for {key}={getattr(generator.config, key)}, but "
+                            f"the tokenizer or ECG encoder beside it has {value}")
+    return tokenizer, encoder, generator, segmenter
+
+
+def groups(clips, config):
+    """Batches that one call can generate: (fps, frames, clip numbers, for each the next clip alike, its donor)."""
+    alike = defaultdict(list)
+    for i in chosen(clips, config.num, config.seed):
+        alike[clips[i]["fps"], min(clips[i]["frames"], config.frames)].append(i)
+    for (fps, frames), numbers in alike.items():
+        donors = numbers[1:] + numbers[:1]
+        for at in range(0, len(numbers), config.batch):
+            yield fps, frames, numbers[at:at + config.batch], donors[at:at + config.batch]
+
+
+def measure(segmenter, chunks):
+    """Chunks (B, C, n, H, W) of a video -> LV area and volume, (B, T) each."""
+    masks = np.concatenate([segment(segmenter, chunk) for chunk in chunks], axis=1)         # B T H W
+    return masks.sum((2, 3), dtype=float), np.stack([disk_volume(m) for m in masks])
+
+
+def run_conditions(config, device, conditions):
+    """Generate every clip from its first frame under each of the `conditions` -> Records, and how many clips.
+
+    Clips whose true video shows no beats (a pause, a flat ECG) have no ED, no EF and no r: they are left out.
+    """
+    tokenizer, encoder, generator, segmenter = load_models(config.weights, device)
+    if not 1 <= config.overlap < tokenizer.config.frames:
+        raise UserError(f"--overlap={config.overlap}: 1 to {tokenizer.config.frames - 1} frames of a window")
+    clips, records, margin = Clips(config.data, config.split), [], encoder.config.samples / ECG_HZ
+    picked = pick_leads(clips, config.leads)
+    how = {key: getattr(config, key) for key in ("steps", "guidance", "temperature", "overlap")}
+    if not config.steps:
+        del how["steps"]
+    stream = partial(stream_video, tokenizer, encoder, generator, **how,
+                     leads=[LEADS.index(clips.leads[k]) for k in picked])
+    for fps, frames, numbers, donors in tqdm(list(groups(clips, config)), desc="batches"):
+        true = torch.stack([as_video(clips.per_frame("video", i, 0, frames)) for i in numbers])  # B C T H W
+        own, other = (aligned_ecg(clips, n, picked, -margin, frames / fps + margin) for n in (numbers, donors))
+        told = {"own": own, "shifted": own, "flat": np.zeros_like(own), "swapped": other}
+        curves = {"true": measure(segmenter, [true])}
+        for name in conditions:     # the same seed: nothing but the ECG differs
+            start = SHIFT_S * (name == "shifted") - margin
+            curves[name] = measure(segmenter, stream(told[name], ecg_start=start, frames=frames, fps=fps,
+                                                     first=true[:, :, :1].to(device), seed=config.seed + numbers[0]))
+        for b, (i, donor) in enumerate(zip(numbers, donors)):
+            cycle = {name: cardiac_cycle(area[b], volume[b], fps) for name, (area, volume) in curves.items()}
+            area = {name: area[b] for name, (area, _) in curves.items()}
+            records.append(Record(i, donor, fps, clips[i]["ef"], r_peaks_of(clips, i), area, cycle))
+    beating = [r for r in records if r.cycle["true"]["ef"] is not None]
+    return beating, {"clips": len(records), "clips_excluded": len(records) - len(beating)}
+
+
+def ef_figures(records):
+    """EF of the generated video against the true one's, measured alike, and (_true) against the set's own."""
+    found = [r.cycle["own"]["ef"] for r in records]
+    return {**ef_scores(found, [r.cycle["true"]["ef"] for r in records]),
+            **ef_scores(found, [r.ef for r in records], "_true")}
+
+
+def ejection_fraction(config, device):
+    records, counts = run_conditions(config, device, ["own"])
+    return ef_figures(records) | counts
+
+
+# ---------------------------------------------------------------------------- synchrony
+
+MATCH_S = 0.2       # an R peak and its ED frame are at most so far apart
+EDGE_S = 0.12       # an R peak nearer than this to an end of the video need not have an ED frame
+
+
+def pearson(x, y):
+    """Correlation of two curves (T,); 0 where one of them is constant."""
+    x, y = x - np.mean(x), y - np.mean(y)
+    scale = math.sqrt((x @ x) * (y @ y))
+    return float(x @ y / scale) if scale > 1e-9 else 0.0
+
+
+def lag_ms(curve, reference, fps, longest_s=0.4):
+    """Milliseconds that a curve (T,) comes after its reference: the lag of the best correlation.
+
+    The search is symmetric, so that chance gives 0 in the median; of two lags a whole beat apart, which correlate
+    alike, the shorter wins.
+    """
+    x, y = smooth(curve, fps), smooth(reference, fps)
+    T, most = len(x), min(round(longest_s * fps), len(x) // 3)
+    lags = np.arange(-most, most + 1)
+    r = np.array([pearson(x[max(k, 0):T + min(k, 0)], y[max(-k, 0):T + min(-k, 0)]) for k in lags])
+    best = int((r - 0.2 * np.abs(lags) / fps).argmax())
+    left, top, right = r[best - 1:best + 2] if 0 < best < 2 * most else (0, 1, 0)
+    return 1000 / fps * (lags[best] + (left - right) / min(2 * (left - 2 * top + right), -1e-9))    # a parabola's top
+
+
+def match(peaks, times):
+    """Indices (i, j) of R peaks (P,) and ED times (E,) that are each other's nearest, at most MATCH_S apart."""
+    if not len(peaks) or not len(times):
+        return np.zeros((2, 0), int)
+    gap = np.abs(peaks[:, None] - times)                                                    # P E
+    i, j = np.arange(len(peaks)), gap.argmin(1)
+    good = (gap.argmin(0)[j] == i) & (gap[i, j] <= MATCH_S)
+    return i[good], j[good]
+
+
+def beat_figures(records, name):
+    """|ED frame - R peak| of the beats found; beats found, and extra ones, as shares of the R peaks.
+
+    An R peak counts where it lies in the video, EDGE_S from its ends. A missed one has no error, it lowers
+    beats_found; an ED frame is extra if it is matched with no R peak at all.
+    """
+    errors, peaks, extra = [], 0, 0
+    for record in records:
+        times = np.array(record.cycle[name]["ed_frames"]) / record.fps
+        end = (len(record.area[name]) - 1) / record.fps
+        counts = (record.r_peaks >= EDGE_S) & (record.r_peaks <= end - EDGE_S)
+        i, j = match(record.r_peaks, times)
+        errors += (1000 * np.abs(record.r_peaks[i] - times[j]))[counts[i]].tolist()
+        peaks, extra = peaks + counts.sum(), extra + len(times) - len(j)
+    return {"ed_error_ms_median": middle(errors), "ed_error_ms_p95": middle(errors, partial(np.percentile, q=95)),
+            "beats_found": ratio(len(errors), peaks), "extra_beats": ratio(extra, peaks)}
+
+
+def swap_figures(records):
+    """Under a donor's ECG: how often the curve is nearer to the donor's true one than to the own, and both r."""
+    true = {r.clip: r.area["true"] for r in records}
+    r = np.array([[pearson(x.area["swapped"], true[i]) for i in (x.donor, x.clip)]
+                  for x in records if x.donor in true and x.donor != x.clip]).reshape(-1, 2)
+    return {"swap_follows_donor": middle(r[:, 0] > r[:, 1], np.mean), "swap_r_donor": middle(r[:, 0]),
+            "swap_r_own": middle(r[:, 1])}
+
+
+def drift(area):
+    """Mean area of the last third over that of the first third."""
+    third = max(1, len(area) // 3)
+    return ratio(area[-third:].mean(), area[:third].mean())
+
+
+def sync(config, device):
+    """Does the generated heart follow the ECG: its own, moved by 200 ms, flat, another clip's?"""
+    records, counts = run_conditions(config, device, ["own", "shifted", "flat", "swapped"])
+    r = [pearson(x.area["own"], x.area["true"]) for x in records]
+    swings = {name: middle([swing(x.area[name], x.fps) for x in records]) for name in ("true", "own", "flat")}
+    video = beat_figures(records, "true")       # what the segmenter and the frame rate allow
+    return {"area_r_median": middle(r), "area_r_mean": middle(r, np.mean), **beat_figures(records, "own"),
+            **{f"{key}_video": video[key] for key in ("ed_error_ms_median", "beats_found")},
+            "shift_ms": middle([lag_ms(x.area["shifted"], x.area["own"], x.fps) for x in records]),
+            "flat_swing": ratio(swings["flat"], swings["own"]),
+            "flat_drift": middle([drift(x.area["flat"]) for x in records]), **swap_figures(records),
+            "swing": ratio(swings["own"], swings["true"]),
+            "drift": middle([drift(x.area["own"]) for x in records]), **ef_figures(records), **counts}
+
+
+# ---------------------------------------------------------------------------- command line
+
+MODES = {"segmenter": train_segmenter, "reconstruction": reconstruction, "ef": ejection_fraction, "sync": sync}
+
+
+def split_targets(argv, keys):
+    """Arguments -> ({key: x} of every --target_KEY=x, the others)."""
+    targets, rest = {}, []
+    for arg in argv:
+        key, _, text = arg.removeprefix("--target_").partition("=")
+        if not arg.startswith("--target_"):
+            rest.append(arg)
+        elif key not in keys:
+            raise UserError(f"{arg}: this mode has no such figure; it has {' '.join(keys)}")
+        else:
+            targets[key] = parse_value(f"target_{key}", text, float)
+    return targets, rest
+
+
+def falls_short(key, value, target):
+    """Is a figure farther from its best value than the target is? One that could not be measured is."""
+    best = BEST.get(key, 0)
+    return value is None or (value < target if best == math.inf else abs(value - best) > abs(target - best))
+
+
+def main():
+    mode, *argv = sys.argv[1:] or [""]
+    if {"--help", "-h"} & {mode, *argv}:
+        parse_flags(EvalConfig, argv=["--help"])
+    if mode not in MODES:
+        raise UserError(f"the first argument is the mode, one of {' '.join(MODES)}; not {mode!r}")
+    keys = FIGURES[mode].split()
+    targets, argv = split_targets(argv, keys)
+    config = parse_flags(EvalConfig, argv=argv)
+    if config.batch < 1 or config.frames < 2 or config.num < 0:
+        raise UserError("--batch must be at least 1, --frames at least 2, --num at least 0")
+    device, began = init_distributed(config.seed)[0], time.time()
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    measured = MODES[mode](config, device)
+    figures = {key: float(f"{measured[key]:.6g}") if math.isfinite(measured[key]) else None for key in keys}
+    for key, value in figures.items():
+        target = f"   target {targets[key]:g}" if key in targets else ""
+        print(f"  {key:<26}{'-' if value is None else f'{value:.5g}':>12}{target}")
+    about = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "commit": commit(),
+             "seconds": round(time.time() - began, 1)}
+    (Path(config.out) / f"eval_{mode}.json").write_text(json.dumps(asdict(config) | figures | about, indent=1) + "\n")
+    missed = [key for key in targets if falls_short(key, figures[key], targets[key])]
+    for key in missed:
+        print(f"{key} = {figures[key]} misses the target {targets[key]:g}", file=sys.stderr)
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    run_main(main)

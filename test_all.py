@@ -1,0 +1,363 @@
+"""Every test, on the CPU, without network: `python -m pytest test_all.py`. A docstring names the bug that it catches."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_generator
+import train_tokenizer
+from data.clips import LEADS, Clips, RandomWindows, UserError, Writer, batches, cut_ecg, parse_flags
+from ecg_encoder import EcgConfig, EcgEncoder, MaskedAutoencoder, clean_ecg, find_r_peaks, read_ecg
+from generator import Generator, GeneratorConfig, condition, fill_in, guide, masked_share, stream_video
+from tokenizer import LFQ, Tokenizer, TokenizerConfig, bits_to_index, index_to_bits, joint, patchify
+from train_tokenizer import load_weights, model_config, save_weights
+
+HERE = Path(__file__).parent
+TINY = dict(dim=32, heads=2, mlp_dim=64, depth_space=1, depth_time=1)
+TINY_FLAGS = [f"--{k}={v}" for k, v in TINY.items()]
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def tokenizer():
+    torch.manual_seed(0)
+    return Tokenizer(TokenizerConfig(**TINY)).eval()
+
+
+@pytest.fixture
+def stage2():
+    torch.manual_seed(0)
+    encoder = EcgEncoder(EcgConfig(dim=32, heads=2, mlp_dim=64, depth=1))
+    return train_generator.Stage2(encoder, Generator(GeneratorConfig(dim=32, heads=2, mlp_dim=64, depth=1, ecg_dim=32)))
+
+
+def ecg_condition(stage2, B=2, drop=None, seed=0):
+    """A condition from noise in place of an ECG."""
+    rng = torch.Generator().manual_seed(seed)
+    ecg = torch.randn(B, 1, stage2.ecg_encoder.config.samples, generator=rng)
+    start, fps = torch.full((B,), -1.0), torch.full((B,), 25.0)
+    return condition(stage2.ecg_encoder, ecg, torch.tensor([1]), start, fps, drop)
+
+
+def open_up(stage2):
+    """The branch of the local ECG starts at zero; give it weight, as training does."""
+    torch.nn.init.normal_(stage2.generator.local_out.weight)
+    return stage2
+
+
+# ---------------------------------------------------------------------------- tokenizer
+
+def test_codes_to_indices_and_back():
+    """A bit order that differs between the two directions, or an index outside the codebook."""
+    index = torch.arange(2 ** 13)
+    assert torch.equal(bits_to_index(index_to_bits(index, 13)), index)
+    assert index_to_bits(torch.tensor(1), 13).tolist() == [1] + [-1] * 12         # bit 0 first
+
+
+def test_joint_of_bits_is_in_index_order():
+    """Codes of the joint that are not numbered as indices are: the entropy would still look right, guidance not."""
+    bits = index_to_bits(torch.arange(8), 3)
+    assert torch.equal(joint((bits > 0).float()), torch.eye(8))
+
+
+def test_entropy_equals_brute_force():
+    """The factorised entropies drift from the softmax over all codes that they stand for."""
+    z = torch.randn(50, 6)
+    found = LFQ(4, 6).entropies(z)
+    p = (2 * z @ index_to_bits(torch.arange(64), 6).T).softmax(1)                 # N 2^6
+    assert torch.allclose(found["entropy_sample"], -(p * p.log()).sum(1).mean(), atol=1e-4)
+    assert torch.allclose(found["entropy_batch"], -(p.mean(0) * p.mean(0).log()).sum(), atol=1e-4)
+
+
+def test_patchify_cuts_the_right_pixels():
+    """Axes exchanged in the reshape: the picture would be scrambled between places or between time and place."""
+    video = torch.arange(2 * 3 * 4 * 16 * 16).reshape(2, 3, 4, 16, 16)
+    patches = patchify(video, 2, 8)
+    assert patches.shape == (2, 2, 4, 3 * 2 * 8 * 8)
+    assert torch.equal(patches[1, 1, 2], video[1, :, 2:4, 8:16, 0:8].flatten())
+
+
+def test_later_frames_cannot_change_earlier_tokens(tokenizer):
+    """Missing causal mask or mixed-up axes in the temporal attention, of the encoder and of the decoder."""
+    video = torch.rand(2, 1, 11, 64, 64)
+    late = video.clone()
+    late[:, :, 9:] = torch.rand(2, 1, 2, 64, 64)
+    h, changed = tokenizer.embed(video), tokenizer.embed(late)
+    assert torch.equal(h[:, :5], changed[:, :5]) and not torch.equal(h[:, 5], changed[:, 5])
+    index, other = tokenizer.encode(video), tokenizer.encode(late)
+    assert torch.equal(index[:, :5], other[:, :5])
+    other[:, 5] ^= 1
+    a, b = tokenizer.decode(index), tokenizer.decode(other)
+    assert torch.equal(a[:, :, :9], b[:, :, :9]) and not torch.equal(a[:, :, 9:], b[:, :, 9:])
+    assert torch.equal(tokenizer.encode(video[:, :, :1]), index[:, :1])           # one frame is a clip of its own
+
+
+def test_tokenizer_overfits_one_batch():
+    """A broken straight-through gradient or decoder: the loss of one batch would stay."""
+    torch.manual_seed(0)
+    config = train_tokenizer.TrainConfig(**TINY)
+    model, video = Tokenizer(model_config(config, TokenizerConfig)), torch.rand(2, 1, 3, 8, 8)
+    video = torch.nn.functional.interpolate(video, (3, 64, 64))
+    optimizer, first = torch.optim.AdamW(model.parameters(), lr=3e-3), None
+    for _ in range(100):
+        loss, parts, _ = train_tokenizer.losses_of(config, model, video, 0)
+        first = first or parts["mse"].item()
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    assert parts["mse"] < 0.1 * first
+
+
+# ---------------------------------------------------------------------------- generator
+
+def test_guidance(stage2):
+    """Guidance that does nothing: s = 1 must be the conditional pass, and the null context must differ from it."""
+    both = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+    assert torch.equal(guide(both, 1.0), both) and torch.equal(guide(both, 3.0), torch.tensor([[-3.0, -4.0]]))
+    model, index = open_up(stage2), torch.randint(0, 8192, (2, 6, 8, 8))
+    masked = torch.rand(index.shape) < 0.5
+    told = model.generator.features(index, masked, ecg_condition(model))
+    null = [model.generator.features(index, masked, ecg_condition(model, drop=torch.ones(2, dtype=torch.bool), seed=s))
+            for s in (0, 1)]
+    assert not torch.allclose(told, null[0], atol=1e-3)
+    assert torch.equal(*null)                                   # nothing of the ECG is left under the null context
+    drawn = [model.generator.propose(index, masked, ecg_condition(model), s, 1.0, torch.Generator().manual_seed(0))[0]
+             for s in (1.0, 1.0 + 1e-6, 5.0)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_high_bits_follow_low_bits(stage2):
+    """A joint that is not the chain rule's: probabilities of all codes must sum to one."""
+    generator, x = stage2.generator, torch.randn(1, 1, 32)
+    low = torch.arange(128)[None]
+    p = generator.to_low(x).softmax(-1)[0, 0, :, None] * generator.high_logits(x.expand(1, 128, 32), low).softmax(-1)[0]
+    assert p.numel() == 8192 and abs(p.sum().item() - 1) < 1e-4
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_sampling_fills_all_and_keeps_the_known(stage2, steps):
+    """A mask token left after the last step, or a known token overwritten."""
+    index, masked = torch.zeros(2, 6, 8, 8, dtype=torch.long), torch.ones(2, 6, 8, 8, dtype=torch.bool)
+    index[:, :2], masked[:, :2] = torch.randint(0, 8192, (2, 2, 8, 8)), False
+    calls = []
+    propose = stage2.generator.propose
+    stage2.generator.propose = lambda i, m, *a: (calls.append(m.sum(dim=(1, 2, 3))), propose(i, m, *a))[1]
+    out = fill_in(stage2.generator, index.clone(), masked, ecg_condition(stage2), steps=steps,
+                  rng=torch.Generator().manual_seed(0))
+    assert torch.equal(out[:, :2], index[:, :2]) and len(calls) == steps
+    assert (out[:, 2:] != 0).float().mean() > 0.99 and out.max() < 8192
+    assert all(a[0] > b[0] and a[0] == a[1] for a, b in zip(calls, calls[1:]))      # fewer at every step
+
+
+def test_time_alignment(stage2):
+    """A latent frame that does not know its own part of the ECG: shifting the recording and its start by the same
+    time must change nothing; shifting the start alone must."""
+    model, index = open_up(stage2), torch.randint(0, 8192, (1, 6, 8, 8))
+    masked, n = torch.ones_like(index, dtype=torch.bool), model.ecg_encoder.config.samples
+    ecg, fps, leads = torch.randn(1, 1, n), torch.tensor([25.0]), torch.tensor([1])
+    of = lambda e, start: model.generator.local_ecg(condition(model.ecg_encoder, e, leads, torch.tensor([start]), fps),
+                                                    model.generator.frame_times(fps))
+    moved = torch.roll(ecg, 25, -1)                             # 0.1 s later in the array
+    assert torch.allclose(of(ecg, -1.0)[..., 50:-50], of(moved, -1.1)[..., 50:-50])
+    assert not torch.allclose(of(ecg, -1.0), of(ecg, -1.1))
+    assert model.generator.frame_times(fps)[0].tolist() == pytest.approx([0, .06, .14, .22, .30, .38])
+    a, b = (model.generator.features(index, masked, ecg_condition(model, 1)._replace(ecg_start=torch.tensor([s])))
+            for s in (-1.0, -0.9))
+    assert not torch.allclose(a, b, atol=1e-3)
+
+
+def test_masks():
+    """Known frames masked, or a share that is not the cosine schedule's."""
+    config, noise = train_generator.TrainConfig(), torch.rand(400, 3 + 6 * 64)
+    masked = train_generator.choose_masked(config, noise, 6, 64)
+    known = ~masked.any(-1)                                                        # B T
+    assert masked.any(-1).any(-1).all()
+    assert abs((~known[:, 0]).float().mean() - 0.15) < 0.06                        # nothing known
+    share = train_generator.choose_masked(config, noise, 6, 64, known=1).float().mean((1, 2)) * 6 / 5
+    assert torch.allclose(share, masked_share(noise[:, 1]), atol=0.01)
+
+
+def test_generator_overfits_one_batch(stage2):
+    """Logits that do not reach the loss, or a target that is not the token itself."""
+    torch.manual_seed(0)
+    index = torch.randint(0, 8192, (1, 6, 8, 8))
+    masked, cond = torch.rand(index.shape) < 0.3, ecg_condition(stage2, 1)
+    optimizer = torch.optim.AdamW(stage2.generator.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(80):
+        losses.append(train_generator.masked_mean(stage2.generator(index, masked, cond._replace(z=cond.z.detach())),
+                                                  masked))
+        optimizer.zero_grad(), losses[-1].backward(), optimizer.step()
+    assert losses[0] > 8 and losses[-1] < 2
+
+
+def test_stream_has_every_frame_once(tokenizer, stage2):
+    """A chunk too long or missing between two windows; a different video for the same seed."""
+    ecg = np.random.default_rng(0).standard_normal((1, 1, 1000)).astype(np.float32)
+    videos = [torch.cat(list(stream_video(tokenizer, stage2.ecg_encoder, stage2.generator, ecg, [1], 0.0, frames, 25,
+                                          steps=2, overlap=5)), 2) for frames in (30, 30, 12)]
+    assert videos[0].shape == (1, 1, 30, 64, 64) and torch.equal(videos[0], videos[1])
+    assert torch.equal(videos[0][:, :, :12], videos[2])
+
+
+# ---------------------------------------------------------------------------- training
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory):
+    """A small prepared set, made by the command of the README."""
+    out = tmp_path_factory.mktemp("datasets") / "phantom"
+    run("-m", "data.phantom", f"--out={out}", "--clips=6", "--val=4", "--test=2", "--frames=32")
+    return out
+
+
+@pytest.fixture(scope="session")
+def weights(phantom, tmp_path_factory):
+    """A folder of tiny weights of all stages, each by the smallest real run of its script."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    train_tokenizer_for(phantom, out, "--steps=4")
+    run("ecg_encoder.py", f"--data={phantom}", f"--out={out}", "--steps=4", "--batch=4", *STAGE2_FLAGS[:4])
+    run("evaluate.py", "segmenter", f"--data={phantom}", f"--out={out}", "--steps=4")
+    train_generator_for(phantom, out, out, "--steps=4")
+    return out
+
+
+STAGE2_FLAGS = ["--dim=32", "--heads=2", "--mlp_dim=64", "--depth=1"]
+
+
+def run(*args, code=0, env=None):
+    """Run python on args in the project's folder; returns (stdout, stderr)."""
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=HERE, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "2"} | (env or {}))
+    assert done.returncode == code, done.stderr + done.stdout
+    return done.stdout, done.stderr
+
+
+def train_tokenizer_for(data, out, *flags, launch=("train_tokenizer.py",)):
+    run(*launch, f"--data={data}", f"--out={out}", "--batch=4", *TINY_FLAGS, *flags)
+
+
+def train_generator_for(data, weights, out, *flags, launch=("train_generator.py",)):
+    run(*launch, f"--data={data}", f"--weights={weights}", f"--out={out}", "--batch=4", *STAGE2_FLAGS, "--ecg_dim=32",
+        *flags)
+
+
+def log_lines(out, stage):
+    """{step: loss} of the log, and its last line."""
+    lines = [json.loads(line) for line in (out / f"{stage}.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "generator"])
+def test_resumed_equals_uninterrupted(stage, phantom, weights, tmp_path, monkeypatch):
+    """State that --resume forgets (optimizer, EMA, place in the data): later losses would differ in the last bit."""
+    module = {"tokenizer": train_tokenizer, "generator": train_generator}[stage]
+    more = TINY_FLAGS if stage == "tokenizer" else [*STAGE2_FLAGS, "--ecg_dim=32", f"--weights={weights}"]
+    flags = [f"--data={phantom}", "--batch=4", "--steps=6", "--log_every=1", "--eval_every=99", "--save_every=3", *more]
+
+    def train(out, *extra, stop=None):
+        def some(*args):
+            for step, batch in enumerate(batches(*args)):
+                if stop and step == stop:
+                    raise KeyboardInterrupt                     # a crash two steps after the last save
+                yield batch
+        monkeypatch.setattr(module, "batches", some)
+        monkeypatch.setattr(sys, "argv", [f"train_{stage}.py", f"--out={out}", *flags, *extra])
+        module.main()
+
+    train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", stop=5)
+    train(tmp_path / "cut", "--resume")
+    assert log_lines(tmp_path / "cut", stage) == log_lines(tmp_path / "whole", stage)
+    a, b = (torch.load(tmp_path / name / f"{stage}_state.pt") for name in ("whole", "cut"))
+    assert a["step"] == b["step"] == 6
+    assert all(torch.equal(a[k][w], b[k][w]) for k in ("model", "ema") for w in a[k])
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "generator"])
+def test_two_ranks_equal_one_process(stage, phantom, weights, tmp_path):
+    """Entropy or masked mean not over all ranks, the same data on both ranks, or gradients not averaged."""
+    def train(out, batch, launch):
+        flags = [f"--batch={batch}", "--steps=4", "--bf16=0", "--warmup=1", "--entropy_weight=1"]
+        if stage == "tokenizer":
+            train_tokenizer_for(phantom, out, *flags, launch=(*launch, "train_tokenizer.py"))
+        else:
+            train_generator_for(phantom, weights, out, *flags[:4], launch=(*launch, "train_generator.py"))
+        return torch.load(out / f"{stage}_state.pt")["model"]
+    one = train(tmp_path / "one", 4, ())
+    two = train(tmp_path / "two", 2, ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
+    size = lambda x: torch.cat([v.flatten().float() for v in x.values()]).norm()
+    torch.manual_seed(0)
+    assert size({k: one[k] - two[k] for k in one}) < 1e-3 * size(one)
+    assert log_lines(tmp_path / "two", stage)[0] == pytest.approx(log_lines(tmp_path / "one", stage)[0], rel=1e-4)
+
+
+def test_checkpoint_cut_in_half_is_refused(weights, tmp_path):
+    """A damaged or foreign file of weights that ends in a traceback."""
+    whole = (weights / "tokenizer.pt").read_bytes()
+    (tmp_path / "tokenizer.pt").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(UserError, match="damaged"):
+        load_weights(tmp_path, "tokenizer", Tokenizer, TokenizerConfig)
+    (tmp_path / "tokenizer.pt").write_bytes((weights / "generator.pt").read_bytes())
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        load_weights(tmp_path, "tokenizer", Tokenizer, TokenizerConfig)
+    with pytest.raises(UserError, match="has dim=32, the flags say 128"):
+        load_weights(weights, "tokenizer", Tokenizer, TokenizerConfig, TokenizerConfig())
+
+
+# ---------------------------------------------------------------------------- data
+
+def test_prepared_set(phantom):
+    """A reader that mixes up clips, or a window whose ECG is not of its own time span."""
+    clips = Clips(phantom, "train")
+    assert len(clips) == 6 and clips.leads == list(LEADS) and clips.meta["ecg_hz"] == 250
+    item = RandomWindows(clips, 11, 600, clean=lambda x: x, seed=3)[5]
+    again = RandomWindows(clips, 11, 600, clean=lambda x: x, seed=3)[5]
+    assert all(torch.equal(torch.as_tensor(item[k]), torch.as_tensor(again[k])) for k in item)
+    i, start = item["clip"], None
+    whole = clips.per_frame("video", i)
+    video = (item["video"] * 255).round().byte().permute(1, 2, 3, 0).numpy()
+    starts = [s for s in range(len(whole) - 10) if np.array_equal(whole[s:s + 11], video)]
+    assert len(starts) == 1
+    start, row = starts[0], clips[i]
+    ecg, lead = clips.ecg(i), LEADS[item["leads"][0]]
+    first = round((item["ecg_start"] + start / 25 - row["ecg_offset_s"]) * 250)
+    assert np.array_equal(item["ecg"][0].numpy(), cut_ecg(ecg, first, 600)[LEADS.index(lead)])
+    assert item["ecg_start"] < 0 < item["ecg_start"] + 600 / 250 - 10 / 25         # what lies around it, too
+
+
+def test_damaged_set_is_refused(phantom, tmp_path):
+    """A half-written set that is read as far as it goes."""
+    with pytest.raises(UserError, match="python -m data.phantom"):
+        Clips(tmp_path, "train")
+    with pytest.raises(UserError, match="no split 'other'"):
+        Clips(phantom, "other")
+    copy = tmp_path / "copy"
+    import shutil
+    shutil.copytree(phantom, copy)
+    video = (copy / "val/video.npy").read_bytes()
+    (copy / "val/video.npy").write_bytes(video[:len(video) // 2])
+    with pytest.raises(UserError, match="video.npy: damaged"):
+        Clips(copy, "val")
+    table = (copy / "test/clips.csv").read_text()
+    (copy / "test/clips.csv").write_text(table.replace("frames", "fremes", 1))
+    with pytest.raises(UserError, match="column 'frames' is missing"):
+        Clips(copy, "test")
+    with pytest.raises(UserError, match="exists already"):
+        Writer(phantom, {})
+
+
+def test_shards_are_one_split(tmp_path):
+    """Clips of the second shard read from the first."""
+    for shard in range(2):
+        with Writer(tmp_path / f"set{shard}", {"leads": []}) as writer:
+            for i in range(3):
+                writer.add("train", video=np.full((4, 8, 8, 1), 10 * shard + i), id=f"{shard}-{i}", fps=25)
+    (tmp_path / "set1/train").rename(tmp_path / "set0/train-00001")
+    (tmp_path / "set0/train").rename(tmp_path / "set0/train-00000")
+    clips = Clips(tmp_path / "set0", "train")
+    assert [int(clips.per_frame("video", i)[0, 0, 0, 0]) for i in range(6)] == [0, 1, 2, 10, 11, 12]
+    assert clips[4]["id"] == "1-1"
