@@ -76,8 +76,8 @@ def unit_mv(text):
 def read_text(path):
     """A table with a column a lead, or an Apple Watch export: `key,value` lines, then one number a line.
 
-    The watch writes its user's locale, unquoted: `Messrate,511,562 Hertz`, `-265,868`. Without any point, a comma
-    is a decimal one if a rate but no column names stand above, or if something else parts the columns.
+    The watch writes its user's locale unquoted: `Messrate,511,562 Hertz`, `-265,868`. Without any point, a
+    comma is a decimal one if a rate but no column names stand above, or if something else parts the columns.
     """
     lines = path.read_bytes().decode("utf-8-sig", errors="replace").translate(LOCALE).splitlines()
     lines = [line.strip() for line in lines if line.strip()]
@@ -202,8 +202,8 @@ def clean_ecg(ecg):
 def find_r_peaks(ecg):
     """ecg (L, N) -> times of the R peaks, seconds after sample 0 (beats,), after Pan & Tompkins (1985).
 
-    A QRS complex is where the slope of the 5 to 20 Hz band, over all leads, is steep against the other beats and
-    against its surroundings, which keeps noise out of a pause. Any scale.
+    A QRS complex is where the slope of the 5 to 20 Hz band, over all leads, is steep against the other beats
+    and against its surroundings, which keeps noise out of a pause. Any scale.
     """
     x = sosfiltfilt(QRS_BAND, ecg, padtype="even", padlen=min(ecg.shape[1] - 1, ECG_HZ))
     slope = np.sqrt(uniform_filter1d(np.square(np.gradient(x, axis=1)).mean(0), round(0.12 * ECG_HZ)))

@@ -1,13 +1,13 @@
 """Measure a trained model on a prepared set: reconstruction, ejection fraction, synchrony with the ECG.
 
-    python evaluate.py segmenter      --data=datasets/phantom --out=runs/demo --minutes=2    # U-Net for LV masks
-    python evaluate.py reconstruction --data=datasets/phantom --weights=runs/demo            # the paper's Table 1
-    python evaluate.py ef             --data=datasets/phantom --weights=runs/demo            # its Table 3
-    python evaluate.py sync           --data=datasets/phantom --weights=runs/demo --num=64   # the synchrony test
+    python evaluate.py segmenter --data=datasets/phantom --out=runs/demo --minutes=2    # U-Net for LV masks
+    python evaluate.py reconstruction --data=datasets/phantom --weights=runs/demo       # the paper's Table 1
+    python evaluate.py ef --data=datasets/phantom --weights=runs/demo                   # its Table 3
+    python evaluate.py sync --data=datasets/phantom --weights=runs/demo --num=64        # the synchrony test
 
-Prints a table and writes OUT/eval_MODE.json. --target_KEY=x (--target_ssim=.8, --target_shift_ms=160) turns a
-figure into a check: exit code 1 where it is farther from its best value than x is. Area and volume curves come from
-one small U-Net, applied alike to true and generated video. Areas in pixels, volumes in pixel^3, EF in points.
+Prints a table and writes OUT/eval_MODE.json. --target_KEY=x (--target_ssim=.8, --target_shift_ms=160) makes a
+figure a check: exit code 1 where it is farther from its best value than x is. Area and volume curves come
+from one small U-Net, applied alike to true and generated video. Area in pixels, volume in pixel^3, EF in points.
 """
 import json
 import math
@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class EvalConfig:
     num: int = 0                    # clips, drawn by --seed; 0 = all of the split
     frames: int = 64                # sync, ef: frames of a clip, from its first one on
     leads: str = ""                 # sync, ef: ECG leads by name, such as II or I,V2; empty = all of the set
-    steps: int = 0                  # sync, ef: decoding steps, 0 = the generator's own; segmenter: of training
+    steps: int = 0                  # sync, ef: decoding steps, 0 = the usual; segmenter: of training
     guidance: float = 1.0           # sync, ef: scale of classifier-free guidance; 1 = off
     temperature: float = 1.0        # sync, ef: of the draws
     overlap: int = 5                # sync, ef: frames that a window knows of the one before
@@ -55,17 +56,18 @@ class EvalConfig:
     warmup: int = 50                # segmenter: steps of warm-up
 
 
+# The figures of each mode; the best value of each, where it is not 0, gives its --target_KEY a direction
 EF = "ef_r2 ef_mae ef_rmse ef_r2_true ef_mae_true ef_rmse_true"
 FIGURES = {"segmenter": f"dice {EF} clips",
            "reconstruction": "mse mae psnr ssim codes_used codebook_perplexity rd_bound_mse windows clips",
            "ef": f"{EF} clips clips_excluded",
            "sync": "area_r_median area_r_mean ed_error_ms_median ed_error_ms_p95 beats_found extra_beats "
-                   "ed_error_ms_median_video beats_found_video shift_ms flat_swing flat_drift swap_follows_donor "
-                   f"swap_r_donor swap_r_own swing drift {EF} clips clips_excluded"}
-# The best value of a figure, where it is not 0: the direction of its --target_KEY
-BEST = dict(dice=1, ef_r2=1, ef_r2_true=1, psnr=math.inf, ssim=1, codes_used=math.inf, codebook_perplexity=math.inf,
-            windows=math.inf, clips=math.inf, area_r_median=1, area_r_mean=1, beats_found=1, beats_found_video=1,
-            shift_ms=200, flat_drift=1, swap_follows_donor=1, swap_r_donor=1, swing=1, drift=1)
+                   "ed_error_ms_median_video beats_found_video shift_ms flat_swing flat_drift "
+                   f"swap_follows_donor swap_r_donor swap_r_own swing drift {EF} clips clips_excluded"}
+BEST = {"shift_ms": 200}
+BEST |= dict.fromkeys("psnr codes_used codebook_perplexity windows clips".split(), math.inf)
+BEST |= dict.fromkeys("dice ssim ef_r2 ef_r2_true area_r_median area_r_mean beats_found beats_found_video "
+                      "flat_drift swap_follows_donor swap_r_donor swing drift".split(), 1)
 
 
 # ---------------------------------------------------------------------------- left-ventricular masks
@@ -98,7 +100,7 @@ class Segmenter(nn.Module):
     def forward(self, x):
         skips = []
         for i, block in enumerate(self.down):
-            x = block(F.max_pool2d(x, 2, ceil_mode=True) if i else x)                       # B 2^i width H/2^i W/2^i
+            x = block(F.max_pool2d(x, 2, ceil_mode=True) if i else x)
             skips.append(x)
         for block, skip in zip(self.up, skips[-2::-1]):
             x = F.interpolate(x, skip.shape[-2:], mode="bilinear", align_corners=False)
@@ -140,15 +142,8 @@ def segmenter_batch(clips, config, step):
     return (gain * x ** gamma).clamp(0, 1), y[:, None]
 
 
-def mask_loss(logits, mask):
-    """Binary cross-entropy + 1 - Dice, the mean over frames."""
-    p = torch.sigmoid(logits)
-    dice = (2 * (p * mask).sum((1, 2, 3)) + 1) / ((p + mask).sum((1, 2, 3)) + 1)
-    return F.binary_cross_entropy_with_logits(logits, mask) + 1 - dice.mean()
-
-
 def train_segmenter(config, device):
-    """Train the U-Net on the masks of the train split, write OUT/segmenter.pt, measure it on the val split."""
+    """Train the U-Net on the train split's masks, write OUT/segmenter.pt, measure it on the val split."""
     train, val = Clips(config.data, "train"), Clips(config.data, "val")
     config.split, config.weights = "val", config.out
     model = Segmenter(SegmenterConfig(train.meta["channels"])).to(device)
@@ -161,7 +156,10 @@ def train_segmenter(config, device):
             break
         optimizer.param_groups[0]["lr"] = lr
         x, y = segmenter_batch(train, config, step)
-        loss = mask_loss(model(x.to(device)), y.to(device))
+        logits, y = model(x.to(device)), y.to(device)
+        p = torch.sigmoid(logits)
+        dice = (2 * (p * y).sum((1, 2, 3)) + 1) / ((p + y).sum((1, 2, 3)) + 1)              # B
+        loss = F.binary_cross_entropy_with_logits(logits, y) + 1 - dice.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -174,7 +172,7 @@ def train_segmenter(config, device):
 
 
 def segmenter_figures(model, clips, numbers):
-    """Dice of the frames that show a ventricle; EF against the true masks', and (_true) against the set's own."""
+    """Dice of the frames with a ventricle; EF against the true masks' and (_true) the set's own."""
     dice, found, drawn, known = [], [], [], []
     for i in tqdm(numbers, desc="val"):
         row, mask = clips[i], clips.per_frame("mask", i)                                    # T H W
@@ -184,8 +182,8 @@ def segmenter_figures(model, clips, numbers):
         ef = [cardiac_cycle(m.sum((1, 2)), disk_volume(m), row["fps"])["ef"] for m in (guess, mask)]
         if ef[1] is not None:       # a heart that stands still has none
             found.append(ef[0]), drawn.append(ef[1]), known.append(row["ef"])
-    return {"dice": np.concatenate(dice).mean(), **ef_scores(found, drawn), **ef_scores(found, known, "_true"),
-            "clips": len(numbers)}
+    return {"dice": middle(np.concatenate(dice), np.mean), "clips": len(numbers),
+            **ef_scores(found, drawn), **ef_scores(found, known, "_true")}
 
 
 # ---------------------------------------------------------------------------- curves: volume, beats, EF
@@ -193,13 +191,12 @@ def segmenter_figures(model, clips, numbers):
 SMOOTH_S = 0.1      # half-width of the smoothing: a quadratic fit keeps the extremes that a mean cuts off
 MIN_SWING = 0.05    # an area curve that swings by less than this share of its median shows no beats
 MIN_DEPTH = 0.3     # a beat falls and rises by this share of the curve's swing
-REFRACTORY_S = 0.25
 
 
 def disk_volume(masks, disks=20):
-    """Single-plane method of disks: masks (T, H, W) -> volumes (T,) in pixel^3, pi/4 times the sum of d_i^2 h.
+    """Single-plane method of disks: masks (T, H, W) -> volumes (T,), pi/4 times the sum of d_i^2 h.
 
-    The long axis is the mask's principal axis; d_i is the mean diameter of a slice, its area over its height h.
+    The long axis is the mask's principal axis; d_i is a slice's mean diameter, its area over its height h.
     """
     volumes = np.zeros(len(masks))
     for t, mask in enumerate(masks):
@@ -228,28 +225,28 @@ def swing(curve, fps):
 def cardiac_cycle(area, volume, fps):
     """LV area and volume (T,) -> {"ed_frames", "es_frames": lists of int, "ef": points or None}.
 
-    ED and ES are the prominent maxima and minima of the smoothed area curve, never its two ends. EF is the median of
-    (EDV - ESV) / EDV over neighbouring ED and ES. A curve that hardly swings, or no more than its own noise makes
-    it, has no beats: a constant curve must not score.
+    ED and ES are the prominent maxima and minima of the smoothed area curve, never its two ends. EF is the
+    median of (EDV - ESV) / EDV over neighbouring ED and ES. A curve that hardly swings, or no more than its
+    own noise makes it, has no beats: a constant curve must not score.
     """
     a, v = smooth(area, fps), smooth(volume, fps)
     height, noise = swing(area, fps), np.std(area - a)
     if height <= max(MIN_SWING * np.median(a), 6 * noise):      # white noise alone gives 3.2 of its own
         return {"ed_frames": [], "es_frames": [], "ef": None}
-    extremes = partial(find_peaks, prominence=MIN_DEPTH * height, distance=max(1, REFRACTORY_S * fps))
-    ed, es = extremes(a)[0].tolist(), extremes(-a)[0].tolist()
-    order = sorted([(t, True) for t in ed] + [(t, False) for t in es])
-    pairs = [(s, t) if is_ed else (t, s) for (s, is_ed), (t, next_ed) in zip(order, order[1:]) if is_ed != next_ed]
-    efs = [100 * (v[d] - v[s]) / v[d] for d, s in pairs if v[d] > 0]
+    ed, es = (find_peaks(x, prominence=MIN_DEPTH * height)[0].tolist() for x in (a, -a))
+    order = sorted(ed + es)     # they alternate: between two such maxima lies such a minimum
+    pairs = [sorted(pair, key=a.__getitem__) for pair in zip(order, order[1:])]
+    efs = [100 * (v[d] - v[s]) / v[d] for s, d in pairs if v[d] > 0]
     return {"ed_frames": ed, "es_frames": es, "ef": float(np.median(efs)) if efs else None}
 
 
 def ef_scores(found, target, suffix=""):
-    """R2, MAE, RMSE of EFs in points. Unknown targets are left out; a video without beats ejects nothing: 0."""
+    """R2, MAE, RMSE of EFs, points. Unknown targets are left out; a video without beats ejects nothing."""
     pairs = np.array([(f or 0, t) for f, t in zip(found, target) if not math.isnan(t)]).reshape(-1, 2)
     error = pairs[:, 0] - pairs[:, 1]
-    mae, mse, spread = middle(np.abs(error), np.mean), middle(np.square(error), np.mean), middle(pairs[:, 1], np.var)
-    return {f"ef_r2{suffix}": 1 - ratio(mse, spread), f"ef_mae{suffix}": mae, f"ef_rmse{suffix}": mse ** 0.5}
+    mse = middle(np.square(error), np.mean)
+    return {f"ef_r2{suffix}": 1 - ratio(mse, middle(pairs[:, 1], np.var)),
+            f"ef_mae{suffix}": middle(np.abs(error), np.mean), f"ef_rmse{suffix}": mse ** 0.5}
 
 
 def middle(values, statistic=np.median):
@@ -294,7 +291,7 @@ def pick_leads(clips, names):
     """Indices into the set's leads of names such as "I,V2"; all of them for ""."""
     names = names.split(",") if names else clips.leads
     if not names or set(names) - set(clips.leads):
-        raise UserError(f"--leads={','.join(names)}: the set has the leads {' '.join(clips.leads) or '(none)'}")
+        raise UserError(f"--leads={','.join(names)}: the set has {' '.join(clips.leads) or 'none'}")
     return [clips.leads.index(name) for name in names]
 
 
@@ -327,9 +324,9 @@ def ssim(x, y, K1=0.01, K2=0.03):
 
 
 def rate_distortion_bound(covariance, bits):
-    """Least mean squared error, per number, of a Gaussian vector with this covariance (n, n) at `bits` a vector.
+    """Least mean squared error, per number, of a Gaussian vector of covariance (n, n) at `bits` a vector.
 
-    Reverse water-filling (Cover and Thomas, 10.3): components above the water level theta keep an error of theta
+    Reverse water-filling (Cover and Thomas, 10.3): components above the level theta keep an error of theta
     and share the bits, sum of max(0, log2(lambda / theta) / 2) = bits; the others are not coded at all.
     """
     lam = np.linalg.eigvalsh(covariance)[::-1].clip(1e-12)      # largest first
@@ -349,7 +346,7 @@ def patch_covariance(videos, p_t, p):
 
 @torch.no_grad()
 def reconstruction(config, device):
-    """Consecutive windows through the tokenizer; errors are means over frames, codes are counted over all tokens."""
+    """Consecutive windows through the tokenizer; means over frames, codes of all tokens."""
     tokenizer = load_weights(config.weights, "tokenizer", Tokenizer, TokenizerConfig).eval().to(device)
     c, clips, train = tokenizer.config, Clips(config.data, config.split), Clips(config.data, "train")
     numbers, scores, used = chosen(clips, config.num, config.seed), [], torch.zeros(2 ** c.bits)
@@ -373,18 +370,6 @@ def reconstruction(config, device):
 SHIFT_S = 0.2       # by so much the ECG of condition "shifted" comes later
 
 
-@dataclass
-class Record:
-    """One clip, and what was measured in its true video and in those generated under each ECG."""
-    clip: int
-    donor: int                  # the clip whose ECG condition "swapped" has
-    fps: float
-    ef: float                   # of the set, points; nan = unknown
-    r_peaks: np.ndarray         # seconds after the first frame
-    area: dict                  # {"true", "own", "shifted", "flat", "swapped": LV area (T,)}
-    cycle: dict                 # the same names: what cardiac_cycle says
-
-
 def load_models(folder, device):
     """Tokenizer, ECG encoder, generator and segmenter of a weights folder, on the device."""
     parts = (("tokenizer", Tokenizer, TokenizerConfig), ("ecg_encoder", EcgEncoder, EcgConfig),
@@ -393,13 +378,13 @@ def load_models(folder, device):
     for key, value in dict(bits=tokenizer.config.bits, grid=tokenizer.grid, patch_t=tokenizer.config.patch_t,
                            latent_frames=tokenizer.latent_frames, ecg_dim=encoder.config.dim).items():
         if getattr(generator.config, key) != value:
-            raise UserError(f"{folder}: the generator was trained for {key}={getattr(generator.config, key)}, but "
-                            f"the tokenizer or ECG encoder beside it has {value}")
+            raise UserError(f"{folder}: generator.pt is for {key}={getattr(generator.config, key)}, the "
+                            f"other weights have {value}")
     return tokenizer, encoder, generator, segmenter
 
 
 def groups(clips, config):
-    """Batches that one call can generate: (fps, frames, clip numbers, for each the next clip alike, its donor)."""
+    """Batches that one call can generate: fps, frames, clip numbers, and for each its donor, the next."""
     alike = defaultdict(list)
     for i in chosen(clips, config.num, config.seed):
         alike[clips[i]["fps"], min(clips[i]["frames"], config.frames)].append(i)
@@ -416,33 +401,37 @@ def measure(segmenter, chunks):
 
 
 def run_conditions(config, device, conditions):
-    """Generate every clip from its first frame under each of the `conditions` -> Records, and how many clips.
+    """Generate every clip from its first frame under each of the `conditions` -> records, numbers of clips.
 
-    Clips whose true video shows no beats (a pause, a flat ECG) have no ED, no EF and no r: they are left out.
+    A record has clip, donor (the clip whose ECG "swapped" has), fps, ef (of the set; nan = unknown), r_peaks
+    (s), and for "true" and each condition area (T,) and cycle (what cardiac_cycle says). Clips whose true
+    video shows no beats (a pause, a flat ECG) have no ED, no EF and no r: they are left out.
     """
     tokenizer, encoder, generator, segmenter = load_models(config.weights, device)
     if not 1 <= config.overlap < tokenizer.config.frames:
         raise UserError(f"--overlap={config.overlap}: 1 to {tokenizer.config.frames - 1} frames of a window")
     clips, records, margin = Clips(config.data, config.split), [], encoder.config.samples / ECG_HZ
     picked = pick_leads(clips, config.leads)
-    how = {key: getattr(config, key) for key in ("steps", "guidance", "temperature", "overlap")}
-    if not config.steps:
-        del how["steps"]
+    how = {key: getattr(config, key) for key in ("guidance", "temperature", "overlap")}
+    how |= {"steps": config.steps} if config.steps else {}
     stream = partial(stream_video, tokenizer, encoder, generator, **how,
                      leads=[LEADS.index(clips.leads[k]) for k in picked])
     for fps, frames, numbers, donors in tqdm(list(groups(clips, config)), desc="batches"):
+        span = -margin, frames / fps + margin
         true = torch.stack([as_video(clips.per_frame("video", i, 0, frames)) for i in numbers])  # B C T H W
-        own, other = (aligned_ecg(clips, n, picked, -margin, frames / fps + margin) for n in (numbers, donors))
+        own, other = (aligned_ecg(clips, n, picked, *span) for n in (numbers, donors))
         told = {"own": own, "shifted": own, "flat": np.zeros_like(own), "swapped": other}
         curves = {"true": measure(segmenter, [true])}
+        first, seed = true[:, :, :1].to(device), config.seed + numbers[0]
         for name in conditions:     # the same seed: nothing but the ECG differs
             start = SHIFT_S * (name == "shifted") - margin
             curves[name] = measure(segmenter, stream(told[name], ecg_start=start, frames=frames, fps=fps,
-                                                     first=true[:, :, :1].to(device), seed=config.seed + numbers[0]))
+                                                     first=first, seed=seed))
         for b, (i, donor) in enumerate(zip(numbers, donors)):
-            cycle = {name: cardiac_cycle(area[b], volume[b], fps) for name, (area, volume) in curves.items()}
-            area = {name: area[b] for name, (area, _) in curves.items()}
-            records.append(Record(i, donor, fps, clips[i]["ef"], r_peaks_of(clips, i), area, cycle))
+            records.append(SimpleNamespace(
+                clip=i, donor=donor, fps=fps, ef=clips[i]["ef"], r_peaks=r_peaks_of(clips, i),
+                area={name: a[b] for name, (a, _) in curves.items()},
+                cycle={name: cardiac_cycle(a[b], v[b], fps) for name, (a, v) in curves.items()}))
     beating = [r for r in records if r.cycle["true"]["ef"] is not None]
     return beating, {"clips": len(records), "clips_excluded": len(records) - len(beating)}
 
@@ -475,8 +464,8 @@ def pearson(x, y):
 def lag_ms(curve, reference, fps, longest_s=0.4):
     """Milliseconds that a curve (T,) comes after its reference: the lag of the best correlation.
 
-    The search is symmetric, so that chance gives 0 in the median; of two lags a whole beat apart, which correlate
-    alike, the shorter wins.
+    The search is symmetric, so that chance gives 0 in the median; of two lags a whole beat apart, which
+    correlate alike, the shorter wins.
     """
     x, y = smooth(curve, fps), smooth(reference, fps)
     T, most = len(x), min(round(longest_s * fps), len(x) // 3)
@@ -484,11 +473,12 @@ def lag_ms(curve, reference, fps, longest_s=0.4):
     r = np.array([pearson(x[max(k, 0):T + min(k, 0)], y[max(-k, 0):T + min(-k, 0)]) for k in lags])
     best = int((r - 0.2 * np.abs(lags) / fps).argmax())
     left, top, right = r[best - 1:best + 2] if 0 < best < 2 * most else (0, 1, 0)
-    return 1000 / fps * (lags[best] + (left - right) / min(2 * (left - 2 * top + right), -1e-9))    # a parabola's top
+    part = (left - right) / min(2 * (left - 2 * top + right), -1e-9)    # top of the parabola through three
+    return 1000 / fps * (lags[best] + part)
 
 
 def match(peaks, times):
-    """Indices (i, j) of R peaks (P,) and ED times (E,) that are each other's nearest, at most MATCH_S apart."""
+    """Indices of R peaks (P,) and ED times (E,) that are each other's nearest, at most MATCH_S apart."""
     if not len(peaks) or not len(times):
         return np.zeros((2, 0), int)
     gap = np.abs(peaks[:, None] - times)                                                    # P E
@@ -511,12 +501,13 @@ def beat_figures(records, name):
         i, j = match(record.r_peaks, times)
         errors += (1000 * np.abs(record.r_peaks[i] - times[j]))[counts[i]].tolist()
         peaks, extra = peaks + counts.sum(), extra + len(times) - len(j)
-    return {"ed_error_ms_median": middle(errors), "ed_error_ms_p95": middle(errors, partial(np.percentile, q=95)),
+    return {"ed_error_ms_median": middle(errors),
+            "ed_error_ms_p95": middle(errors, partial(np.percentile, q=95)),
             "beats_found": ratio(len(errors), peaks), "extra_beats": ratio(extra, peaks)}
 
 
 def swap_figures(records):
-    """Under a donor's ECG: how often the curve is nearer to the donor's true one than to the own, and both r."""
+    """Under a donor's ECG: r with the donor's true curve and the own one, how often the first is higher."""
     true = {r.clip: r.area["true"] for r in records}
     r = np.array([[pearson(x.area["swapped"], true[i]) for i in (x.donor, x.clip)]
                   for x in records if x.donor in true and x.donor != x.clip]).reshape(-1, 2)
@@ -547,7 +538,8 @@ def sync(config, device):
 
 # ---------------------------------------------------------------------------- command line
 
-MODES = {"segmenter": train_segmenter, "reconstruction": reconstruction, "ef": ejection_fraction, "sync": sync}
+MODES = {"segmenter": train_segmenter, "reconstruction": reconstruction, "ef": ejection_fraction,
+         "sync": sync}
 
 
 def split_targets(argv, keys):
@@ -584,13 +576,15 @@ def main():
     device, began = init_distributed(config.seed)[0], time.time()
     Path(config.out).mkdir(parents=True, exist_ok=True)
     measured = MODES[mode](config, device)
-    figures = {key: float(f"{measured[key]:.6g}") if math.isfinite(measured[key]) else None for key in keys}
+    figures = {key: None if math.isnan(x := measured[key]) else x if isinstance(x, int) else float(f"{x:.6g}")
+               for key in keys}
     for key, value in figures.items():
         target = f"   target {targets[key]:g}" if key in targets else ""
         print(f"  {key:<26}{'-' if value is None else f'{value:.5g}':>12}{target}")
-    about = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "commit": commit(),
-             "seconds": round(time.time() - began, 1)}
-    (Path(config.out) / f"eval_{mode}.json").write_text(json.dumps(asdict(config) | figures | about, indent=1) + "\n")
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    about = asdict(config) | figures
+    about |= {"device": gpu, "commit": commit(), "seconds": round(time.time() - began, 1)}
+    (Path(config.out) / f"eval_{mode}.json").write_text(json.dumps(about, indent=1) + "\n")
     missed = [key for key in targets if falls_short(key, figures[key], targets[key])]
     for key in missed:
         print(f"{key} = {figures[key]} misses the target {targets[key]:g}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """A procedural apical four-chamber echocardiogram with its 12-lead ECG: data that needs no download.
 
-    python -m data.phantom --out=datasets/phantom --clips=1000        # TIMES
+    python -m data.phantom --out=datasets/phantom --clips=1000   # a core: 0.07 s a clip, --size=128 0.25 s
 
 ECG: each beat is five Gaussian waves P Q R S T in its phase (ECGSYN: McSharry et al., IEEE TBME 50:289, 2003,
 in closed form), each a dipole projected on 12 leads (Dower, J Electrocardiol 13:119, 1980). Echo: the left
@@ -284,8 +284,8 @@ def render(rng, a, size, pitch, z, db, swirl, fps, noise):
     (n, frames), f4 = z.shape, np.float32
     sigma_r = rng.uniform(0.8, 1.1) * (0.04 + 0.75 * pitch)              # PSF in cm, radians: > 1.5 pixels
     sigma_t = rng.uniform(0.85, 1.2) * (0.008 + 0.08 * pitch)
-    fine = np.arange(0, a.depth + 0.5, sigma_r / 2.6)
-    angle = np.arange(-a.half - 0.06, a.half + 0.07, sigma_t / 1.25)
+    fine = np.arange(0, a.depth + max(0.5, 1.6 * sigma_r), sigma_r / 2.6)
+    angle = np.arange(-a.half - 0.06, a.half + max(0.07, 1.3 * sigma_t), sigma_t / 1.25)
     radius, r, t = fine[::2], np.abs(z), np.arctan2(z.real, z.imag)
     i, j = (r / fine[1] + 0.5).astype(int), ((t - angle[0]) / (angle[1] - angle[0]) + 0.5).astype(int)
     good = (i < len(fine)) & (j >= 0) & (j < len(angle))
