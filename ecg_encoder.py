@@ -134,10 +134,10 @@ def read_dicom(path):
 READERS = {".csv": read_text, ".txt": read_text, ".npy": read_npy, ".hea": read_wfdb, ".dcm": read_dicom}
 
 
-def read_ecg(path, ecg_hz=0):
+def read_ecg(path, ecg_hz=0, leads=()):
     """Any ECG file -> ecg (L, N) float32 mV (median 0) at 250 Hz, names of its leads; else UserError.
 
-    ecg_hz: its sampling rate, for a file that does not say.
+    ecg_hz, leads: its sampling rate and the names of its leads, for a file that does not say.
     """
     path = Path(path)
     kind = path.suffix.lower()
@@ -155,7 +155,7 @@ def read_ecg(path, ecg_hz=0):
     except Exception as error:      # the readers of damaged files raise anything
         reason = " ".join(str(error).split(";")[0].split())
         raise UserError(f"{path}: cannot be read as {kind}, export it again: {reason}") from None
-    signal, leads = check_leads(path, np.asarray(signal, float) * (mv if np.all(mv) else 1), names)
+    signal, leads = check_leads(path, np.asarray(signal, float) * (mv if np.all(mv) else 1), names or leads)
     refuse(hz and ecg_hz and abs(hz / ecg_hz - 1) > 0.01, path, f"it says {hz:g} Hz itself; drop --ecg_hz")
     hz = hz or ecg_hz
     refuse(not hz, path, "its sampling rate is unknown; pass --ecg_hz=...")
@@ -175,6 +175,7 @@ def check_leads(path, signal, names):
     L, N = signal.shape
     refuse(not 0 < L <= len(LEADS) or N < 2, path, f"1 to 12 leads are expected, it holds {L} x {N} samples")
     leads = np.array([lead_name(name) or name for name in names] or LEADS[:L])
+    refuse(len(leads) != L, path, f"{len(leads)} names ({' '.join(leads)}) for {L} leads")
     unknown = [lead for lead in leads if lead not in LEADS]
     refuse(unknown, path, f"{', '.join(unknown)}: no lead; the leads are {' '.join(LEADS)}")
     refuse(len(set(leads)) < L, path, f"a lead is there twice: {' '.join(leads)}")

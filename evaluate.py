@@ -7,7 +7,7 @@
 
 Prints a table and writes OUT/eval_MODE.json. --target_KEY=x (--target_ssim=.8, --target_shift_ms=160) makes a
 figure a check: exit code 1 where it is farther from its best value than x is. Area and volume curves come
-from one small U-Net, applied alike to true and generated video. Area in pixels, volume in pixel^3, EF in points.
+from one small U-Net, applied alike to true and generated video. Area: pixels, volume: pixel^3, EF: points.
 """
 import json
 import math
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data.clips import ECG_HZ, LEADS, Clips, UserError, cut_ecg, parse_flags, parse_value, run_main
 from ecg_encoder import EcgConfig, EcgEncoder, clean_ecg, find_r_peaks
-from generator import Generator, GeneratorConfig, stream_video
+from generator import Generator, GeneratorConfig, check_fits, stream_video
 from tokenizer import Tokenizer, TokenizerConfig, parameter_count, patchify
 from train_tokenizer import Log, commit, init_distributed, load_weights, save_weights, schedule
 
@@ -190,7 +190,8 @@ def segmenter_figures(model, clips, numbers):
 
 SMOOTH_S = 0.1      # half-width of the smoothing: a quadratic fit keeps the extremes that a mean cuts off
 MIN_SWING = 0.05    # an area curve that swings by less than this share of its median shows no beats
-MIN_DEPTH = 0.3     # a beat falls and rises by this share of the curve's swing
+MIN_DEPTH = 0.12    # a beat, an ectopic one too, falls and rises by this share of the curve's swing
+EDGE_S = 0.12       # beats nearer than this to an end of the video do not count
 
 
 def disk_volume(masks, disks=20):
@@ -225,18 +226,22 @@ def swing(curve, fps):
 def cardiac_cycle(area, volume, fps):
     """LV area and volume (T,) -> {"ed_frames", "es_frames": lists of int, "ef": points or None}.
 
-    ED and ES are the prominent maxima and minima of the smoothed area curve, never its two ends. EF is the
-    median of (EDV - ESV) / EDV over neighbouring ED and ES. A curve that hardly swings, or no more than its
-    own noise makes it, has no beats: a constant curve must not score.
+    ED and ES are the prominent maxima and minima of the smoothed area curve, EDGE_S or more from its ends. EF is
+    the median of (EDV - ESV) / EDV over neighbouring ED and ES, shallow (ectopic) beats left out. A curve that
+    hardly swings, or no more than its own noise makes it, has no beats: a constant curve must not score.
     """
     a, v = smooth(area, fps), smooth(volume, fps)
-    height, noise = swing(area, fps), np.std(area - a)
+    height, noise, edge = swing(area, fps), np.std(area - a), round(EDGE_S * fps)
     if height <= max(MIN_SWING * np.median(a), 6 * noise):      # white noise alone gives 3.2 of its own
         return {"ed_frames": [], "es_frames": [], "ef": None}
-    ed, es = (find_peaks(x, prominence=MIN_DEPTH * height)[0].tolist() for x in (a, -a))
-    order = sorted(ed + es)     # they alternate: between two such maxima lies such a minimum
+    extremes = []
+    for x in (a, -a):       # what came before the first frame is not known: there, to fall is enough
+        at = find_peaks(np.append(x.min(), x), prominence=MIN_DEPTH * height)[0] - 1
+        extremes.append(at[(at >= edge) & (at < len(a) - edge)].tolist())
+    ed, es = extremes
+    order = sorted(ed + es)
     pairs = [sorted(pair, key=a.__getitem__) for pair in zip(order, order[1:])]
-    efs = [100 * (v[d] - v[s]) / v[d] for s, d in pairs if v[d] > 0]
+    efs = [100 * (v[d] - v[s]) / v[d] for s, d in pairs if a[d] - a[s] > 0.3 * height and v[d] > 0]
     return {"ed_frames": ed, "es_frames": es, "ef": float(np.median(efs)) if efs else None}
 
 
@@ -375,11 +380,7 @@ def load_models(folder, device):
     parts = (("tokenizer", Tokenizer, TokenizerConfig), ("ecg_encoder", EcgEncoder, EcgConfig),
              ("generator", Generator, GeneratorConfig), ("segmenter", Segmenter, SegmenterConfig))
     tokenizer, encoder, generator, segmenter = (load_weights(folder, *p).eval().to(device) for p in parts)
-    for key, value in dict(bits=tokenizer.config.bits, grid=tokenizer.grid, patch_t=tokenizer.config.patch_t,
-                           latent_frames=tokenizer.latent_frames, ecg_dim=encoder.config.dim).items():
-        if getattr(generator.config, key) != value:
-            raise UserError(f"{folder}: generator.pt is for {key}={getattr(generator.config, key)}, the "
-                            f"other weights have {value}")
+    check_fits(generator.config, tokenizer, encoder)
     return tokenizer, encoder, generator, segmenter
 
 
@@ -451,7 +452,6 @@ def ejection_fraction(config, device):
 # ---------------------------------------------------------------------------- synchrony
 
 MATCH_S = 0.2       # an R peak and its ED frame are at most so far apart
-EDGE_S = 0.12       # an R peak nearer than this to an end of the video need not have an ED frame
 
 
 def pearson(x, y):
@@ -490,14 +490,18 @@ def match(peaks, times):
 def beat_figures(records, name):
     """|ED frame - R peak| of the beats found; beats found, and extra ones, as shares of the R peaks.
 
-    An R peak counts where it lies in the video, EDGE_S from its ends. A missed one has no error, it lowers
-    beats_found; an ED frame is extra if it is matched with no R peak at all.
+    An R peak counts where it lies in the video, MATCH_S or more from its ends, and (but for the true video's own
+    figures) the true video has an ED frame for it: an early ectopic beat finds a ventricle that has not filled. A
+    missed one has no error, it lowers beats_found; an ED frame is extra if no R peak at all is matched with it.
     """
     errors, peaks, extra = [], 0, 0
     for record in records:
         times = np.array(record.cycle[name]["ed_frames"]) / record.fps
         end = (len(record.area[name]) - 1) / record.fps
-        counts = (record.r_peaks >= EDGE_S) & (record.r_peaks <= end - EDGE_S)
+        counts = (record.r_peaks >= MATCH_S) & (record.r_peaks <= end - MATCH_S)
+        if name != "true":
+            shown = match(record.r_peaks, np.array(record.cycle["true"]["ed_frames"]) / record.fps)[0]
+            counts &= np.isin(np.arange(len(counts)), shown)
         i, j = match(record.r_peaks, times)
         errors += (1000 * np.abs(record.r_peaks[i] - times[j]))[counts[i]].tolist()
         peaks, extra = peaks + counts.sum(), extra + len(times) - len(j)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.clips import ECG_HZ, LEADS, cut_ecg, parse_flags, run_main
+from data.clips import ECG_HZ, LEADS, UserError, cut_ecg, parse_flags, run_main
 from tokenizer import Block, index_to_bits, parameter_count
 
 TIME_UNIT = 0.04        # seconds; rotary periods run from 2 to 200 of it, 80 ms to 8 s
@@ -39,6 +39,14 @@ class GeneratorConfig:
 
 
 PRESETS = {"demo": {}, "paper": dict(dim=512, heads=8, mlp_dim=2048, depth=6, grid=16, ecg_dim=768)}
+
+
+def check_fits(config, tokenizer, encoder):
+    """UserError where a GeneratorConfig is not for this tokenizer and ECG encoder."""
+    for key, value in dict(bits=tokenizer.config.bits, grid=tokenizer.grid, latent_frames=tokenizer.latent_frames,
+                           patch_t=tokenizer.config.patch_t, ecg_dim=encoder.config.dim).items():
+        if getattr(config, key) != value:
+            raise UserError(f"the generator is for {key}={getattr(config, key)}, its tokenizer or ECG encoder has {value}")
 
 
 class Condition(NamedTuple):

@@ -1,11 +1,11 @@
-"""An ECG goes in, an echocardiogram in step with it comes out (ECHOPulse section 3.3, progressive generation).
+"""An ECG goes in, an echocardiogram in step with it comes out (ECHOPulse section 3.3).
 
-    python sample.py                                                # 64 frames from a built-in ECG
-    python sample.py --ecg=watch.csv --frames=256                   # any ECG file that ecg_encoder.py reads
-    python sample.py --ecg=beat.npy --ecg_hz=192 --image=echo.png   # a single beat, repeated; its first frame
+    python sample.py                                              # 64 frames from a built-in ECG
+    python sample.py --ecg=watch.csv --frames=256                 # any ECG file that ecg_encoder.py reads
+    python sample.py --ecg=beat.npy --ecg_hz=192 --image=echo.png # one beat, repeated; a first frame
 
-Writes OUT/NAME.npy (T, H, W, C) uint8, NAME.gif and NAME.mp4 (the echo over its ECG), and report.json. ECG time 0
-is video time 0. Frames go from the model to the files window by window: memory does not grow with the length.
+Writes OUT/NAME.npy (T, H, W, C) uint8, NAME.gif and NAME.mp4 (the echo over its ECG), and report.json. Time 0
+of the ECG is frame 0. Frames go from model to files window by window: memory does not grow with the length.
 """
 import json
 import math
@@ -13,24 +13,23 @@ import os
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import imageio
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import GifImagePlugin, Image
+from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from data.clips import ECG_HZ, LEADS, UserError, parse_flags, run_main
 from data.phantom import make_ecg
-from ecg_encoder import EcgConfig, EcgEncoder, clean_ecg, find_r_peaks, read_ecg
-from evaluate import Segmenter, SegmenterConfig, cardiac_cycle, disk_volume, segment
-from generator import Generator, GeneratorConfig, stream_video
-from tokenizer import Tokenizer, TokenizerConfig
-from train_tokenizer import load_weights
+from ecg_encoder import clean_ecg, find_r_peaks, read_ecg
+from evaluate import cardiac_cycle, disk_volume, load_models, segment
+from generator import stream_video
 
 
 @dataclass
@@ -54,81 +53,62 @@ class SampleConfig:
 # ---------------------------------------------------------------------------- what goes in
 
 def go_on(ecg, first, samples):
-    """Samples first .. first + samples of an ECG (L, N) that goes on before its sample 0 and after its last.
+    """Samples first .. first + samples of an ECG (L, N) that goes on before its start and after its end.
 
-    There the stretch from its first to its last R peak comes again and again, so that the rhythm goes on; with
-    fewer than two R peaks (a trace of about one beat) all of it does.
+    There it repeats itself from the first R peak to the last, so that the rhythm stays, or as a whole where it
+    has fewer than two R peaks (a trace of about one beat).
     """
     N, beats = ecg.shape[1], np.round(find_r_peaks(ecg) * ECG_HZ).astype(int)
     lo, hi = (beats[0], beats[-1]) if len(beats) > 1 else (0, N)
     at = np.arange(first, first + samples)
     at = np.where((at >= 0) & (at < N), at, lo + (at - lo) % (hi - lo))
     longer = ecg[:, at]
-    for seam in np.flatnonzero(np.diff(at) != 1) + 1:       # a ramp of 48 ms, half a QRS, closes the step there
-        ramp = np.linspace(0, 1, min(12, seam))
+    for seam in np.flatnonzero(np.diff(at) != 1) + 1:
+        ramp = np.linspace(0, 1, min(12, seam))             # closes the step within 48 ms, half a QRS
         longer[:, seam - len(ramp):seam] += (longer[:, seam] - longer[:, seam - 1])[:, None] * ramp
     return longer
 
 
 def load_ecg(config, margin):
-    """The ECG that the flags name, `margin` seconds longer than the video at both ends.
-
-    -> cleaned ecg (L, N), names of its leads, time of its sample 0 and of its R peaks (seconds of the video).
-    """
+    """The ECG from `margin` seconds before the video to as many after it: cleaned (L, N), the names of its leads,
+    the times (seconds of the video) of its sample 0 and of its R peaks."""
     seconds, shift = config.frames / config.fps, config.shift_ms / 1000
-    first, samples = math.floor(-(margin + shift) * ECG_HZ), math.ceil((seconds + 2 * margin) * ECG_HZ)
+    first, samples = -math.ceil((margin + shift) * ECG_HZ), math.ceil((seconds + 2 * margin) * ECG_HZ)
     if config.ecg == "flat":
-        ecg, leads = np.zeros((1, samples)), ["I"]
-    elif not config.ecg:
-        ecg, leads = make_ecg(config.seed, samples / ECG_HZ, start=first / ECG_HZ).ecg.T, list(LEADS)
+        ecg, leads = np.zeros((1, ECG_HZ)), ["I"]
+    elif not config.ecg:            # at least 10 s: a seed's ECG is the same for all short videos
+        ecg, leads = make_ecg(config.seed, max(seconds, 10)).ecg.T, list(LEADS)
     else:
         ecg, leads = read_ecg(config.ecg, config.ecg_hz)
         if (has := ecg.shape[1] / ECG_HZ) < seconds - shift:
             print(f"{config.ecg}: {has:.2f} s, repeated for {seconds:.2f} s of video", file=sys.stderr)
-        ecg = go_on(ecg, first, samples)
-    start = first / ECG_HZ + shift
+    ecg, start = go_on(ecg, first, samples), first / ECG_HZ + shift
     return clean_ecg(ecg), leads, start, start + find_r_peaks(ecg)
 
 
 def load_image(path, size, channels):
     """A picture -> first frame (1, C, 1, size, size) in [0, 1]: grey, its middle square, scaled."""
-    if not Path(path).is_file():
-        raise UserError(f"{path} {'is a folder' if Path(path).is_dir() else 'does not exist'}; name a picture")
     try:
-        x = np.load(path, mmap_mode="r") if path.endswith(".npy") else imageio.v3.imread(path, index=0)
-        x = x[0] if x.ndim == 4 or x.ndim == 3 and x.shape[2] > 4 else x                    # of a video
-        x = torch.from_numpy(np.atleast_3d(x) / (255 if x.dtype == np.uint8 else 1)).float()
-        H, W, C = x.shape
-    except Exception:               # each reader raises its own kinds
-        raise UserError(f"{path} is damaged or not a picture") from None
-    if min(H, W) < 16 or not 1 <= C <= 4 or not (x.min() >= 0 and x.max() <= 1):            # NaN is neither
-        raise UserError(f"{path}: {H} x {W} x {C}; at least 16 x 16 pixels are needed, uint8 or in [0, 1]")
-    side, grey = min(H, W), x[..., :3 if C > 2 else 1].mean(2)                              # without alpha
+        with open(path, "rb") as file:
+            x = np.load(file) if path.endswith(".npy") else imageio.v3.imread(file, index=0)
+        H, W, C = (x := np.atleast_3d(x[0] if x.ndim == 4 else x)).shape                    # 4: of a video
+        x = x[..., :3 if C > 2 else 1] / (255 if x.dtype == np.uint8 else 1)                # without alpha
+        grey = torch.from_numpy(x).float().mean(2)
+    except Exception as error:      # each reader raises its own kinds
+        reason = getattr(error, "strerror", None) or "damaged or not a picture"
+        raise UserError(f"{path} cannot be read: {reason}") from None
+    if min(H, W) < 16 or C > 4 or not (grey.min() >= 0 and grey.max() <= 1):                # NaN is neither
+        raise UserError(f"{path} holds {H} x {W} x {C}: 16 x 16 x 1 or more, uint8 or in [0, 1], is needed")
+    side = min(H, W)
     square = grey[None, None, (H - side) // 2:, (W - side) // 2:][..., :side, :side]
-    first = F.interpolate(square, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    first = interpolate(square, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
     return first.expand(1, channels, size, size)[:, :, None]
 
 
-def load_models(folder, device):
-    """tokenizer, encoder, generator, segmenter or None."""
-    stages = [("tokenizer", Tokenizer, TokenizerConfig), ("ecg_encoder", EcgEncoder, EcgConfig),
-              ("generator", Generator, GeneratorConfig), ("segmenter", Segmenter, SegmenterConfig)]
-    if not Path(folder, "segmenter.pt").exists():
-        print(f"{folder} has no segmenter.pt: LV area and EF are not measured", file=sys.stderr)
-    models = [load_weights(folder, *stage).eval().to(device) for stage in stages
-              if stage[0] != "segmenter" or Path(folder, "segmenter.pt").exists()]
-    tokenizer, encoder, generator = models[:3]
-    for key, value in dict(bits=tokenizer.config.bits, grid=tokenizer.grid, patch_t=tokenizer.config.patch_t,
-                           latent_frames=tokenizer.latent_frames, ecg_dim=encoder.config.dim).items():
-        if (own := getattr(generator.config, key)) != value:
-            raise UserError(f"{folder}: generator.pt is for {key}={own}, the other weights have {value}")
-    return models if len(models) == 4 else models + [None]
-
-
 def check_flags(config, window, patch_t, span):
-    """window: frames of one window of the tokenizer; span: seconds that the ECG encoder sees."""
-    least = dict(frames=1, steps=1, num=1, seed=0, ecg_hz=0, guidance=0, temperature=0, overlap=1,
-                 fps=math.ceil(100 * window / span) / 100)      # a window must not outlast the ECG that it sees
+    """window: frames of one window, patch_t: of one latent frame; span: seconds that the ECG encoder sees."""
+    least = dict(frames=1, steps=1, num=1, overlap=1, seed=0, ecg_hz=0, guidance=0, temperature=0,
+                 fps=math.ceil(100 * window / span) / 100)      # no window may outlast the ECG that it sees
     for key, value in least.items():
         if getattr(config, key) < value:
             raise UserError(f"--{key}={getattr(config, key):g}: must be at least {value}")
@@ -140,120 +120,116 @@ def check_flags(config, window, patch_t, span):
 
 SCROLL_S = 4.0      # a longer video shows so many seconds of its ECG, a shorter one all of it
 BACK, GRID, AHEAD, PAST, PEAK, CURSOR = np.array(
-    [(12, 15, 19), (25, 31, 38), (48, 84, 76), (104, 240, 174), (255, 176, 76), (232, 236, 240)], np.float32)
+    [(12, 15, 19), (25, 31, 38), (56, 100, 90), (104, 240, 174), (255, 176, 76), (232, 236, 240)], np.float32)
 
 
 def draw_strip(now, seconds, time, curve, r_peaks, height, width):
     """The ECG at `now` seconds, uint8 (height, width, 3): bright where shown, R peaks ticked, a cursor.
 
-    curve (N,) in 0 .. 1 at the instants time (N,). A pixel takes on a colour as far as a shape covers it.
+    curve (N,): row at the instants time (N,). A pixel takes on a colour as far as a shape covers it.
     """
     span = min(seconds, SCROLL_S)
     left = np.clip(now - span / 2, 0, seconds - span)
     x, row, image = np.arange(width) + 0.5, np.arange(height)[:, None], np.tile(BACK, (height, width, 1))
-    column = lambda t: (t - left) / span * width                                            # noqa: E731
-    lines = lambda t, half: np.clip(half + .5 - np.abs(x[:, None] - column(np.append(t, 1e6))).min(1), 0, 1)
+    cursor = (now - left) / span * width
 
     def paint(cover, colour, rows=slice(None)):
         image[rows] += np.clip(cover, 0, 1)[..., None] * (colour - image[rows])
 
-    paint(lines(np.arange(left // 0.2, (left + span) // 0.2 + 1) * 0.2, 0.5), GRID)
+    def upright(t, half):                                                                   # lines at t: w
+        t = np.append(t[np.abs(t - now) <= span], 1e6)
+        return np.clip(half + 0.5 - np.abs(x[:, None] - (t - left) / span * width).min(1), 0, 1)
+
+    paint(upright(0.2 * np.arange(left // 0.2, (left + span) // 0.2 + 1), 0.5), GRID)
     # in each column the curve covers the rows from its lowest to its highest at nine instants
-    y = np.interp(left + np.arange(8 * width + 1) / (8 * width) * span, time, height * (0.88 - 0.62 * curve))
+    y = np.interp(left + np.arange(8 * width + 1) / (8 * width) * span, time, curve)
     y = np.stack([y[i:i + 8 * width:8] for i in range(9)])                                  # 9 w
-    past = np.clip(column(now) - x + 0.5, 0, 1)                                             # w
-    paint(np.minimum(row + 1, y.max(0) + 0.8) - np.maximum(row, y.min(0) - 0.8), AHEAD + past[:, None] * (PAST - AHEAD))
-    paint(lines(r_peaks, 0.8) * (0.4 + 0.6 * past), PEAK, slice(3, 9))
-    paint(0.6 * lines(now, 0.5), CURSOR)
-    paint(3.5 - np.hypot(x - column(now), row + 0.5 - height * (0.88 - 0.62 * np.interp(now, time, curve))), CURSOR)
+    past = np.clip(cursor - x + 0.5, 0, 1)[:, None]                                         # w 1
+    cover = np.minimum(row + 1, y.max(0) + 0.8) - np.maximum(row, y.min(0) - 0.8)           # h w
+    paint(cover, AHEAD + past * (PAST - AHEAD))
+    paint(upright(r_peaks, 0.8), AHEAD + past * (PEAK - AHEAD), slice(3, 9))
+    paint(0.6 * np.clip(1 - np.abs(x - cursor), 0, 1), CURSOR)
+    paint(3.5 - np.hypot(x - cursor, row + 0.5 - np.interp(now, time, curve)), CURSOR)
     return image.round().astype(np.uint8)
 
 
 def gif_frame(picture, k, fps):
-    """Frame k of a GIF as bytes, from Pillow's parts: every whole GIF writer keeps all frames until the end."""
-    image = Image.fromarray(picture).quantize(256, dither=Image.Dither.NONE)
+    """Frame k of a GIF as bytes, from Pillow's parts: its whole writer keeps all frames until the end."""
+    image = Image.fromarray(picture).quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     head = GifImagePlugin.getheader(image, info={"loop": 0})[0] if k == 0 else []
-    ms = 10 * (round(100 * (k + 1) / fps) - round(100 * k / fps))       # GIF counts in 10 ms; no error adds up
+    ms = 10 * (round(100 * (k + 1) / fps) - round(100 * k / fps))   # GIF counts in 10 ms; no error adds up
     return b"".join(head + GifImagePlugin.getdata(image, duration=ms, include_color_table=True))
-
-
-def open_mp4(path, fps):
-    """imageio's writer; None, and a line on stderr, where there is no ffmpeg."""
-    try:
-        import imageio_ffmpeg
-        imageio_ffmpeg.get_ffmpeg_exe()
-        return imageio.v2.get_writer(path, fps=fps, quality=8, macro_block_size=2)
-    except (ImportError, RuntimeError):
-        print("no .mp4 without ffmpeg: pip install imageio-ffmpeg", file=sys.stderr)
-        return nullcontext()
 
 
 def figures(area, volume, r_peaks, frames, fps):
     """Beats and EF of a video, for its report; None = not known."""
     median = lambda x: round(float(np.median(x)), 1) if len(x) else None                    # noqa: E731
     cycle = cardiac_cycle(area, volume, fps) if area else {"ed_frames": None, "es_frames": None, "ef": None}
-    shown = r_peaks[(r_peaks >= 0) & (r_peaks < frames / fps)]
-    late = [1000 * min(abs(k / fps - r) for k in cycle["ed_frames"]) for r in shown] if cycle["ed_frames"] else []
+    shown, ed = r_peaks[(r_peaks >= 0) & (r_peaks < frames / fps)], cycle["ed_frames"]
+    late = [1000 * min(abs(k / fps - r) for k in ed) for r in shown] if ed else []
     return {"r_peaks_s": shown.round(3).tolist(), "hr_bpm": median(60 / np.diff(r_peaks)), **cycle,
             "lv_area": area or None, "ed_error_ms": median(late)}
 
 
 @torch.no_grad()
-def make_video(config, models, ecg, leads, start, r_peaks, first, seed, path):
+def make_video(config, models, trace, first, seed, path):
     """Sample one video into PATH.npy, .gif and .mp4; returns its report."""
-    tokenizer, encoder, generator, segmenter = models
-    began, c, fps, k, area, volume = time.time(), tokenizer.config, config.fps, 0, [], []
-    zoom, seconds = max(1, round(256 / c.size)), config.frames / config.fps
-    instants = start + np.arange(ecg.shape[1]) / ECG_HZ
-    curve = ecg[leads.index("II") if "II" in leads else 0]
-    low, high = np.quantile(curve, [0.001, 0.999])
-    curve = np.clip((curve - low) / max(high - low, 1e-6), 0, 1)
-    chunks = stream_video(tokenizer, encoder, generator, ecg[None], [LEADS.index(name) for name in leads], start,
-                          config.frames, fps, first, config.overlap, seed, steps=config.steps,
-                          guidance=config.guidance, temperature=config.temperature)
-    with open(f"{path}.npy", "wb") as npy, open(f"{path}.gif", "wb") as gif, open_mp4(f"{path}.mp4", fps) as mp4, \
-            tqdm(total=config.frames, desc=path.name) as bar:
+    (*stages, segmenter), (ecg, leads, start, r_peaks) = models, trace
+    began, c, fps, area, volume = time.time(), models[0].config, config.fps, [], []
+    side, height, seconds = max(1, round(256 / c.size)) * c.size, 64, config.frames / fps
+    instants, lead = start + np.arange(ecg.shape[1]) / ECG_HZ, ecg[leads.index("II") if "II" in leads else 0]
+    low, high = np.quantile(lead, [0.001, 0.999])
+    curve = height * (0.88 - 0.62 * np.clip((lead - low) / max(high - low, 1e-6), 0, 1))
+    chunks = stream_video(*stages, ecg[None], [LEADS.index(name) for name in leads], start, config.frames,
+                          fps, first, config.overlap, seed, steps=config.steps, guidance=config.guidance,
+                          temperature=config.temperature)
+    with ExitStack() as files:
+        npy, gif = (files.enter_context(open(f"{path}.{kind}", "wb")) for kind in ("npy", "gif"))
+        mp4 = find_spec("imageio_ffmpeg") and files.enter_context(
+            imageio.v2.get_writer(f"{path}.mp4", fps=fps, quality=8, macro_block_size=2))
+        bar = files.enter_context(tqdm(total=config.frames, desc=path.name, unit="frame"))
         shape = (config.frames, c.size, c.size, c.channels)
         np.lib.format.write_array_header_1_0(npy, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for video in chunks:                                                                # 1 C n H W
             frames = (video[0] * 255).round().byte().permute(1, 2, 3, 0).cpu().numpy()      # n H W C
             npy.write(frames.tobytes())
-            for frame in np.broadcast_to(frames, (*frames.shape[:3], 3)):
-                echo = Image.fromarray(frame).resize((zoom * c.size, zoom * c.size), Image.Resampling.BICUBIC)
-                strip = draw_strip(k / fps, seconds, instants, curve, r_peaks, 64, zoom * c.size)
+            for k, frame in enumerate(np.broadcast_to(frames, (*frames.shape[:3], 3)), bar.n):
+                echo = Image.fromarray(frame).resize((side, side), Image.Resampling.BICUBIC)
+                strip = draw_strip(k / fps, seconds, instants, curve, r_peaks, height, side)
                 picture = np.concatenate([echo, strip])
                 gif.write(gif_frame(picture, k, fps))
                 if mp4:
                     mp4.append_data(picture)
-                k += 1
             if segmenter:
                 masks = segment(segmenter, video)[0]                                        # n H W
-                area, volume = area + masks.sum((1, 2)).tolist(), volume + disk_volume(masks).tolist()
+                area += masks.sum((1, 2)).tolist()
+                volume += disk_volume(masks).tolist()
             bar.update(len(frames))
         gif.write(b";")
     return asdict(config) | figures(area, volume, r_peaks, config.frames, fps) | {
         "name": path.name, "seed": seed, "ecg": config.ecg or "built-in", "leads": leads,
-        "seconds": round(time.time() - began, 2), "device": str(next(generator.parameters()).device)}
+        "seconds": round(time.time() - began, 2), "device": str(next(models[0].parameters()).device)}
 
 
 def main():
     config = parse_flags(SampleConfig)
-    print(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = load_models(config.weights, device)
     c, span = models[0].config, models[1].config.samples / ECG_HZ
     check_flags(config, c.frames, c.patch_t, span)
-    ecg = load_ecg(config, margin=span + 1)
+    trace = load_ecg(config, margin=span + 1)
     first = load_image(config.image, c.size, c.channels).to(device) if config.image else None
-    stem = "flat" if config.ecg == "flat" else Path(config.ecg or "sample").stem
+    stem = Path(config.ecg or "sample").stem
     names = [stem] if config.num == 1 else [f"{stem}_{i}" for i in range(config.num)]
-    if {Path(x).resolve() for x in (config.ecg, config.image) if x} & {
-            Path(config.out, name + kind).resolve() for name in names for kind in (".npy", ".gif", ".mp4")}:
-        raise UserError(f"--out={config.out} holds an input under a name that is to be written; choose another")
+    for path in (Path(config.out, name + kind) for name in names for kind in (".npy", ".gif", ".mp4")):
+        if path.resolve() in [Path(source).resolve() for source in (config.ecg, config.image) if source]:
+            raise UserError(f"{path} would be overwritten, and it is an input; choose another --out")
+    if not find_spec("imageio_ffmpeg"):
+        print("no .mp4 is written: pip install imageio-ffmpeg", file=sys.stderr)
     try:        # all files move to OUT together at the end, or vanish where there is an error
         os.makedirs(config.out, exist_ok=True)
         with tempfile.TemporaryDirectory(suffix=".part", dir=config.out) as part:
-            reports = [make_video(config, models, *ecg, first, config.seed + i, Path(part, name))
+            reports = [make_video(config, models, trace, first, config.seed + i, Path(part, name))
                        for i, name in enumerate(names)]
             report = reports[0] if config.num == 1 else {"videos": reports}
             Path(part, "report.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -262,11 +238,11 @@ def main():
     except OSError as error:
         raise UserError(f"cannot write {config.out}: {error.strerror or error}") from None
     for r in reports:
-        print(f"""{config.out}/{r["name"]}.*
-  heart rate   {r["hr_bpm"]} a minute, {len(r["r_peaks_s"])} R peaks, {len(r["ed_frames"] or [])} ED frames found
-  |ED - R|     {r["ed_error_ms"]} ms, median
-  EF           {r["ef"]}
-  time         {r["seconds"]} s for {r["frames"]} frames on {r["device"]}""")
+        print(f"""{config.out}/{r["name"]}: {r["frames"]} frames in {r["seconds"]} s on {r["device"]}
+  heart rate  {r["hr_bpm"] or "-"} a minute
+  beats       {len(r["r_peaks_s"])} R peaks, {len(r["ed_frames"] or [])} ED frames
+  |ED - R|    {r["ed_error_ms"] or "-"} ms, median
+  EF          {r["ef"] or "-"}""")
 
 
 if __name__ == "__main__":

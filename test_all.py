@@ -1,18 +1,28 @@
 """Every test, on the CPU, without network: `python -m pytest test_all.py`. A docstring names the bug that it catches."""
+import importlib
 import json
 import os
+import pickle
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
+import imageio
 import numpy as np
 import pytest
 import torch
 
+import ecg_encoder
+import evaluate
+import sample
 import train_generator
 import train_tokenizer
-from data.clips import LEADS, Clips, RandomWindows, UserError, Writer, batches, cut_ecg, parse_flags
-from ecg_encoder import EcgConfig, EcgEncoder, MaskedAutoencoder, clean_ecg, find_r_peaks, read_ecg
+from data.clips import LEADS, Clips, RandomWindows, UserError, Writer, batches, cut_ecg, field_comments, parse_flags
+from data.phantom import make_clip, make_ecg
+from ecg_encoder import EcgConfig, EcgEncoder, MaskedAutoencoder, clean_ecg, find_r_peaks, load_st_mem, read_ecg
 from generator import Generator, GeneratorConfig, condition, fill_in, guide, masked_share, stream_video
 from tokenizer import LFQ, Tokenizer, TokenizerConfig, bits_to_index, index_to_bits, joint, patchify
 from train_tokenizer import load_weights, model_config, save_weights
@@ -336,7 +346,6 @@ def test_damaged_set_is_refused(phantom, tmp_path):
     with pytest.raises(UserError, match="no split 'other'"):
         Clips(phantom, "other")
     copy = tmp_path / "copy"
-    import shutil
     shutil.copytree(phantom, copy)
     video = (copy / "val/video.npy").read_bytes()
     (copy / "val/video.npy").write_bytes(video[:len(video) // 2])
@@ -361,3 +370,267 @@ def test_shards_are_one_split(tmp_path):
     clips = Clips(tmp_path / "set0", "train")
     assert [int(clips.per_frame("video", i)[0, 0, 0, 0]) for i in range(6)] == [0, 1, 2, 10, 11, 12]
     assert clips[4]["id"] == "1-1"
+
+
+def test_phantom(phantom):
+    """A heart out of step with its ECG, a mask that is not the volume's, or a seed that does not fix the bytes."""
+    clip = make_clip((0, 2, 1), rhythm="sinus", hr=70, ef=60)
+    assert np.array_equal(clip["video"], make_clip((0, 2, 1), rhythm="sinus", hr=70, ef=60)["video"])
+    volume, area = clip["volume"], clip["mask"].sum((1, 2), dtype=float)
+    assert np.corrcoef(volume, area)[0, 1] > 0.99
+    peaks = [r for r in clip["r_peaks_s"] if 0.3 < r < 2.2]
+    for r in peaks:                                             # largest at the R peak, EF as stated
+        near = slice(round(25 * r) - 5, round(25 * r) + 6)
+        assert abs((near.start + volume[near].argmax()) / 25 - r) <= 0.06
+    assert len(peaks) >= 2 and abs(100 * (1 - volume.min() / volume.max()) - 60) < 3
+    flat = make_clip(3, rhythm="flat")
+    assert np.ptp(flat["volume"]) < 0.01 * flat["volume"].max() and not flat["r_peaks_s"]
+    ecg = clip["ecg"]                                           # Einthoven and Goldberger
+    assert np.allclose(ecg[:, 2], ecg[:, 1] - ecg[:, 0], atol=1e-5)
+    assert np.allclose(ecg[:, 3], -(ecg[:, 0] + ecg[:, 1]) / 2, atol=1e-5)
+    stored = Clips(phantom, "test")                             # the set is made of these clips
+    assert np.array_equal(stored.per_frame("video", 1), make_clip((0, 2, 1), frames=32)["video"])
+
+
+# ---------------------------------------------------------------------------- ECG
+
+def ecg_file(path, seconds=8, hz=250, hr=70, seed=0):
+    """An ECG of lead I and II (N, 2) in mV at hz, its R peaks in seconds."""
+    e = make_ecg(seed, seconds, hr=hr, noise=0.3)
+    return np.stack([np.interp(np.arange(seconds * hz) / hz, np.arange(len(e.ecg)) / 250, x) for x in e.ecg[:, :2].T],
+                    1), e.r_peaks
+
+
+def close_peaks(path, r_peaks, **how):
+    """read_ecg finds the file's R peaks to within 20 ms; returns the leads."""
+    ecg, leads = read_ecg(path, **how)
+    inside = lambda x: x[(x > 0.3) & (x < 7.7)]
+    assert np.allclose(inside(find_r_peaks(ecg)), inside(r_peaks), atol=0.02)
+    return leads
+
+
+def test_ecg_formats(tmp_path):
+    """A rate, unit, decimal comma or lead name misread: beats at wrong times, or the wrong lead embedding."""
+    at = lambda name, text: (tmp_path / name).write_text(text) and tmp_path / name
+    x, r = ecg_file(tmp_path, hz=512)
+    watch = "Name,\nMessrate,512,0 Hertz\nAbleitung,Ableitung I\nEinheit,µV\n\n"
+    german = watch + "\n".join(f"{1000 * v:.3f}".replace(".", ",") for v in x[:, 0])
+    assert close_peaks(at("german.csv", german), r) == ["I"]
+    english = "Sample Rate,512 hertz\nLead,Lead I\nUnit,µV\n" + "\n".join(f"{1000 * v:.3f}" for v in x[:, 0])
+    assert close_peaks(at("english.csv", english), r) == ["I"]
+    a, b = (read_ecg(tmp_path / f"{name}.csv")[0] for name in ("german", "english"))
+    assert np.array_equal(a, b) and 0.2 < np.abs(a).max() < 4                      # in mV
+    table = "time,II,V5\n" + "\n".join(f"{i / 512:.5f},{v:.4f},{w:.4f}" for i, (w, v) in enumerate(x))
+    assert close_peaks(at("table.csv", table), r) == ["II", "V5"]
+    np.save(tmp_path / "trace.npy", x.astype(np.float32))
+    assert close_peaks(tmp_path / "trace.npy", r, ecg_hz=512, leads=["I", "V2"]) == ["I", "V2"]
+
+
+def test_wfdb_and_dicom(tmp_path):
+    """The readers of other packages called wrongly; skipped where those are not installed."""
+    wfdb, x = pytest.importorskip("wfdb"), ecg_file(tmp_path, hz=500)
+    wfdb.wrsamp("rec", fs=500, units=["mV", "mV"], sig_name=["I", "II"], p_signal=x[0], fmt=["16", "16"],
+                write_dir=str(tmp_path))
+    assert close_peaks(tmp_path / "rec.hea", x[1]) == ["I", "II"]
+    data = pytest.importorskip("pydicom.data")
+    ecg, leads = read_ecg(data.get_testdata_file("waveform_ecg.dcm", download=False))
+    assert leads == list(LEADS) and ecg.shape == (12, 2500) and len(find_r_peaks(ecg)) == 10
+
+
+@pytest.mark.parametrize("hr", [45, 75, 140])
+@pytest.mark.parametrize("leads", [[0], [1], range(12)])
+def test_r_peaks(hr, leads):
+    """A beat missed or one too many (T waves taken for beats, noise in a pause), or found beside its R peak."""
+    e = make_ecg(hr, 20, hr=hr)
+    inside = lambda x: x[(x > 0.3) & (x < 19.7)]
+    found = inside(find_r_peaks(e.ecg.T[list(leads)]))
+    assert len(found) == len(inside(e.r_peaks)) and np.abs(found - inside(e.r_peaks)).max() < 0.03
+
+
+def test_clean_ecg():
+    """A flat lead blown up to noise of unit size, or baseline wander left in."""
+    time = np.arange(2500) / 250
+    beats = make_ecg(0, 10, noise=0).ecg[:, 1]
+    clean = clean_ecg(np.stack([beats, beats + np.sin(1.2 * time)]))
+    assert abs(clean.std() - 1) < 1e-3 and np.corrcoef(clean)[0, 1] > 0.98
+    assert clean_ecg(1e-3 * np.random.default_rng(0).standard_normal((1, 2500))).std() < 0.1
+
+
+def test_ecg_encoder():
+    """Leads mixed up, SEP left in the output, or masked patches that reach the encoder of the masked autoencoder."""
+    torch.manual_seed(0)
+    config = EcgConfig(dim=32, heads=2, mlp_dim=64, depth=1)
+    encoder, ecg = EcgEncoder(config), torch.randn(2, 2, 600)
+    assert encoder(ecg, torch.tensor([0, 1])).shape == (2, 2, 8, 32)
+    a, b = encoder(ecg, torch.tensor([0, 1])), encoder(ecg.flip(1), torch.tensor([1, 0])).flip(1)
+    assert torch.allclose(a, b, atol=1e-5) and not torch.allclose(a, encoder(ecg, torch.tensor([0, 2])), atol=1e-3)
+    model = MaskedAutoencoder(config)
+    x, keep, mask = model.forward_encoder(ecg, torch.tensor([0, 1]), torch.Generator().manual_seed(0))
+    assert x.shape == (2, 2, 2 + 2, 32) and mask.float().mean() == 0.75
+    hidden = torch.where(mask.repeat_interleave(75, 2), torch.randn_like(ecg), ecg)
+    assert torch.equal(x, model.encoder.encode(hidden, torch.tensor([0, 1]), keep))
+
+
+def test_st_mem_weights_load(tmp_path, monkeypatch):
+    """Names of the released weights mapped to the wrong place: a checkpoint of its layout must load whole."""
+    monkeypatch.setitem(ecg_encoder.PRESETS, "paper", small := dict(samples=2250, dim=32, depth=2, mlp_dim=64))
+    ours, theirs = EcgEncoder(EcgConfig(**small)).state_dict(), {}
+    for name, value in ours.items():
+        if name == "lead":
+            theirs |= {f"lead_embeddings.{i}": v for i, v in enumerate(value)}
+        elif name == "positions":
+            theirs["pos_embedding"] = value[None]
+        elif ".attn.q." in name:
+            theirs[name.replace("blocks.", "block").replace("attn.q", "attn.fn.to_qkv")] = torch.cat(
+                [value, ours[name.replace(".q.", ".kv.")]])
+        elif ".kv." not in name:
+            for a, b in ((".norm1", ".attn.norm"), (".attn.out", ".attn.fn.to_out.0"), (".norm2", ".ff.norm"),
+                         (".mlp.fc1", ".ff.fn.net.0"), (".mlp.fc2", ".ff.fn.net.3"), ("blocks.", "block"),
+                         ("embed.", "to_patch_embedding.")):
+                name = name.replace(a, b)
+            theirs["sep_embedding" if name == "sep" else name] = value
+    torch.save({"model": theirs}, tmp_path / "st_mem.pth")
+    loaded = load_st_mem(tmp_path / "st_mem.pth").state_dict()
+    assert all(torch.equal(loaded[k], ours[k]) for k in ours)
+
+
+# ---------------------------------------------------------------------------- command lines
+
+def call(monkeypatch, main, *args):
+    """Run a script's main in this process."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, args)])
+    return main()
+
+
+def test_sample_writes_what_it_says(weights, tmp_path, monkeypatch):
+    """A frame lost between the model and the files, or a report that does not describe them."""
+    call(monkeypatch, sample.main, f"--weights={weights}", f"--out={tmp_path}", "--frames=20", "--steps=2", "--seed=4")
+    video, report = np.load(tmp_path / "sample.npy"), json.loads((tmp_path / "report.json").read_text())
+    assert video.shape == (20, 64, 64, 1) and video.dtype == np.uint8
+    assert len(imageio.v3.imread(tmp_path / "sample.gif")) == len(imageio.v3.imread(tmp_path / "sample.mp4")) == 20
+    assert report["frames"] == len(report["lv_area"]) == 20 and report["fps"] == 25 and report["seed"] == 4
+    assert {"seconds", "r_peaks_s", "hr_bpm", "ed_frames", "es_frames", "ef", "weights", "device"} <= set(report)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.json", "sample.gif", "sample.mp4", "sample.npy"]
+    imageio.imwrite(tmp_path / "frame.png", np.pad(video[0, ..., 0], ((0, 0), (20, 20))))       # its middle square
+    first = sample.load_image(str(tmp_path / "frame.png"), 64, 1)
+    assert torch.allclose(first[0, 0, 0] * 255, torch.from_numpy(video[0, ..., 0]).float(), atol=1)
+
+
+BAD = {
+    "missing.csv": None, "folder": None, "empty.csv": b"", "words.csv": b"1.0\n2.0\nhello\n" * 300,
+    "nan.npy": np.r_[np.random.rand(900), np.nan], "constant.npy": np.full(900, 0.7), "short.npy": np.random.rand(3),
+    "pickle.npy": pickle.dumps([1, 2]), "pickle.pkl": pickle.dumps([1, 2]), "object.npy": np.array([{}, 1], object),
+    "rate.npy": np.random.rand(900)}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_ecg_is_one_line(name, weights, tmp_path, monkeypatch):
+    """A traceback, or files half-written, where a user's ECG cannot be read."""
+    content, path = BAD[name], tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, content, allow_pickle=True)
+    flags = [] if name == "rate.npy" or name.endswith(".csv") else ["--ecg_hz=250"]
+    with pytest.raises(UserError) as error:
+        call(monkeypatch, sample.main, f"--ecg={path}", f"--weights={weights}", f"--out={tmp_path / 'out'}", *flags)
+    assert "\n" not in str(error.value) and name in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_other_bad_input_is_one_line(weights, tmp_path, monkeypatch):
+    """The same for flags, pictures and weights."""
+    cut, text = tmp_path / "cut", tmp_path / "text.png"
+    shutil.copytree(weights, cut)
+    (cut / "generator.pt").write_bytes((weights / "generator.pt").read_bytes()[:5000])
+    text.write_text("no picture")
+    for bad in ("--frames=0", "--frames=ten", "--frame=3", "frames=3", "--fps=nan", "--num=0", "--overlap=4", "--steps=0",
+                "--overlap=11", f"--weights={cut}", f"--weights={tmp_path}", f"--image={text}", f"--image={tmp_path}",
+                f"--out={text}"):
+        with pytest.raises(UserError) as error:
+            call(monkeypatch, sample.main, f"--weights={weights}", f"--out={tmp_path / 'out'}", bad)
+        assert "\n" not in str(error.value), bad
+    assert not (tmp_path / "out").exists()
+    out, err = run("sample.py", "--frames=0", f"--weights={weights}", code=2)      # and as a process
+    assert err.count("\n") == 1 and "Traceback" not in err
+    with pytest.raises(UserError, match="first argument"):
+        call(monkeypatch, evaluate.main, "everything")
+
+
+def test_flags():
+    """A setting that --help or a preset does not reach."""
+    config = parse_flags(train_tokenizer.TrainConfig, train_tokenizer.PRESETS, ["--preset=paper", "--dim=64", "--resume"])
+    assert (config.dim, config.size, config.resume) == (64, 128, True)
+    for module in (sample.SampleConfig, train_generator.TrainConfig, ecg_encoder.TrainConfig, evaluate.EvalConfig):
+        assert set(field_comments(module)) == {f.name for f in fields(module)}     # a comment on every field
+
+
+def test_readme_is_true():
+    """A file, an equation's function or a command in the README that is not there."""
+    readme = (HERE / "README.md").read_text()
+    for name in set(re.findall(r"`((?:data/)?\w+\.py)`", readme)):
+        assert (HERE / name).exists(), name
+    for module, path in re.findall(r"^\|.*`(\w+)\.(\w+(?:\.\w+)?)`", readme, re.M):
+        thing = importlib.import_module(module)
+        for part in path.split("."):
+            thing = getattr(thing, part)
+    for equation in (2, 4, 7, 8):
+        assert any(f"# Eq. {equation}" in path.read_text() for path in HERE.glob("*.py")), equation
+
+
+# ---------------------------------------------------------------------------- measures
+
+def test_measures():
+    """A metric that a constant or a wrong curve would pass."""
+    x = torch.rand(2, 1, 32, 32)
+    assert torch.allclose(evaluate.ssim(x, x), torch.ones(2)) and (evaluate.ssim(x, torch.rand_like(x)) < 0.2).all()
+    assert evaluate.rate_distortion_bound(np.eye(4), 8) == pytest.approx(2 ** -4)      # D = 2^(-2 R / n)
+    y, x = np.mgrid[:64, :64] - 32.0
+    ellipse = (x / 12) ** 2 + (y / 24) ** 2 < 1
+    assert evaluate.disk_volume(ellipse[None])[0] == pytest.approx(4 / 3 * np.pi * 12 * 12 * 24, rel=0.03)
+    time, noise = np.arange(128) / 25, np.random.default_rng(0).standard_normal(128)
+    area = 400 + 100 * np.cos(2 * np.pi * 1.2 * (time - 0.3)) + 4 * noise
+    cycle = evaluate.cardiac_cycle(area, area ** 1.5, 25)
+    expected = 0.3 + np.arange(6) / 1.2
+    assert len(cycle["ed_frames"]) == 6 and np.abs(np.array(cycle["ed_frames"]) / 25 - expected).max() < 0.05
+    assert cycle["ef"] == pytest.approx(100 * (1 - (300 / 500) ** 1.5), abs=4)
+    assert evaluate.cardiac_cycle(400 + 4 * noise, 400 + noise, 25)["ed_frames"] == []
+    assert evaluate.lag_ms(np.roll(area, 5), area, 25) == pytest.approx(200, abs=10)
+
+
+def test_evaluate_modes(phantom, weights, tmp_path, monkeypatch):
+    """A mode that ends in a traceback, a figure that is missing, or a target that cannot fail."""
+    flags = [f"--data={phantom}", f"--weights={weights}", f"--out={tmp_path}"]
+    assert call(monkeypatch, evaluate.main, "reconstruction", *flags, "--target_mse=9") == 0
+    assert call(monkeypatch, evaluate.main, "reconstruction", *flags, "--target_mse=1e-9") == 1
+    found = json.loads((tmp_path / "eval_reconstruction.json").read_text())
+    assert {"mse", "mae", "psnr", "ssim", "codes_used", "codebook_perplexity", "rd_bound_mse"} <= set(found)
+    assert call(monkeypatch, evaluate.main, "sync", *flags, "--steps=1", "--frames=32", "--target_beats_found=0") in (0, 1)
+    found = json.loads((tmp_path / "eval_sync.json").read_text())
+    assert {"area_r_median", "ed_error_ms_median", "ed_error_ms_p95", "beats_found", "extra_beats", "shift_ms",
+            "flat_swing", "swap_follows_donor", "clips", "seed", "device", "weights"} <= set(found)
+
+
+# ---------------------------------------------------------------------------- the shipped weights
+
+def test_shipped_tokens_and_size():
+    """Weights that no longer fit the code: the tokens of one clip of the phantom, as they were when shipped."""
+    assert sum(f.stat().st_size for f in (HERE / "weights").iterdir()) < 16 * 2 ** 20
+    model = load_weights(HERE / "weights", "tokenizer", Tokenizer, TokenizerConfig).eval()
+    video = torch.from_numpy(make_clip((0, 2, 0), frames=11)["video"]).permute(3, 0, 1, 2)[None].float() / 255
+    index = model.encode(video)
+    assert (index[0, 3, 3].tolist() == GOLDEN) and (model.decode(index) - video).square().mean() < 0.01
+
+
+def test_real_ecg(tmp_path, monkeypatch):
+    """The heart does not follow a real ECG: a contraction for every R peak, none extra, within 80 ms."""
+    watch = HERE.parent / "shared/real/ecg/apple_watch_digitized.csv"
+    if not watch.exists():
+        pytest.skip("the recording is not there")
+    call(monkeypatch, sample.main, f"--ecg={watch}", "--frames=128", f"--out={tmp_path}")
+    report = json.loads((tmp_path / "report.json").read_text())
+    ed, r = np.array(report["ed_frames"]) / 25, np.array(report["r_peaks_s"])
+    inside = r[(r > 0.15) & (r < 127 / 25 - 0.15)]
+    nearest = np.abs(inside[:, None] - ed).min(1)
+    assert len(ed) == len(inside) and np.median(nearest) <= 0.08

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import generator
 from data.clips import Clips, RandomWindows, UserError, batches, parse_flags, run_main
 from ecg_encoder import EcgConfig, EcgEncoder, clean_ecg
-from generator import Generator, GeneratorConfig, condition, masked_share
+from generator import Generator, GeneratorConfig, check_fits, condition, masked_share
 from tokenizer import Tokenizer, TokenizerConfig, parameter_count
 from train_tokenizer import (Log, all_mean, check_out, ema_update, init_distributed, load_weights, model_config,
                              read_file, save_atomic, save_weights, schedule)
@@ -125,10 +125,7 @@ def main():
     # ---- tokenizer and data
     tokenizer = load_weights(config.weights, "tokenizer", Tokenizer, TokenizerConfig).eval().to(device)
     encoder = load_weights(config.weights, "ecg_encoder", EcgEncoder, EcgConfig)
-    for key, value in dict(bits=tokenizer.config.bits, grid=tokenizer.grid, patch_t=tokenizer.config.patch_t,
-                           latent_frames=tokenizer.latent_frames, ecg_dim=encoder.config.dim).items():
-        if getattr(config, key) != value:
-            raise UserError(f"--{key}={getattr(config, key)}, but the weights in {config.weights} have {value}")
+    check_fits(config, tokenizer, encoder)
     T, N = tokenizer.latent_frames, tokenizer.grid ** 2
     train, val = (RandomWindows(Clips(config.data, split), tokenizer.config.frames, encoder.config.samples, clean_ecg,
                                 config.batch * world, config.seed, 4 + T * N) for split in ("train", "val"))
