@@ -36,6 +36,7 @@ from generator import stream_video
 class SampleConfig:
     ecg: str = ""               # ECG file; flat = no heart beat; empty = a built-in ECG, drawn with --seed
     ecg_hz: float = 0           # sampling rate of an ECG file that does not say
+    leads: str = ""             # names of its leads, such as II or I,V2, where it does not say; empty = I, II, III ...
     image: str = ""             # first frame: PNG, JPG, GIF or .npy
     frames: int = 64            # length of the video
     fps: float = 25             # frames per second
@@ -79,7 +80,7 @@ def load_ecg(config, margin):
     elif not config.ecg:            # at least 10 s: a seed's ECG is the same for all short videos
         ecg, leads = make_ecg(config.seed, max(seconds, 10)).ecg.T, list(LEADS)
     else:
-        ecg, leads = read_ecg(config.ecg, config.ecg_hz)
+        ecg, leads = read_ecg(config.ecg, config.ecg_hz, config.leads.split(",") if config.leads else ())
         if (has := ecg.shape[1] / ECG_HZ) < seconds - shift:
             print(f"{config.ecg}: {has:.2f} s, repeated for {seconds:.2f} s of video", file=sys.stderr)
     ecg, start = go_on(ecg, first, samples), first / ECG_HZ + shift
