@@ -163,13 +163,13 @@ def gif_frame(picture, k, fps):
 
 
 def figures(area, volume, r_peaks, frames, fps):
-    """Beats and EF of a video, for its report; None = not known."""
+    """Beats and EF of a video, for its report; None = there are none."""
     median = lambda x: round(float(np.median(x)), 1) if len(x) else None                    # noqa: E731
-    cycle = cardiac_cycle(area, volume, fps) if area else {"ed_frames": None, "es_frames": None, "ef": None}
+    cycle = cardiac_cycle(area, volume, fps)
     shown, ed = r_peaks[(r_peaks >= 0) & (r_peaks < frames / fps)], cycle["ed_frames"]
     late = [1000 * min(abs(k / fps - r) for k in ed) for r in shown] if ed else []
     return {"r_peaks_s": shown.round(3).tolist(), "hr_bpm": median(60 / np.diff(r_peaks)), **cycle,
-            "lv_area": area or None, "ed_error_ms": median(late)}
+            "lv_area": area, "ed_error_ms": median(late)}
 
 
 @torch.no_grad()
@@ -201,10 +201,9 @@ def make_video(config, models, trace, first, seed, path):
                 gif.write(gif_frame(picture, k, fps))
                 if mp4:
                     mp4.append_data(picture)
-            if segmenter:
-                masks = segment(segmenter, video)[0]                                        # n H W
-                area += masks.sum((1, 2)).tolist()
-                volume += disk_volume(masks).tolist()
+            masks = segment(segmenter, video)[0]                                            # n H W
+            area += masks.sum((1, 2)).tolist()
+            volume += disk_volume(masks).tolist()
             bar.update(len(frames))
         gif.write(b";")
     return asdict(config) | figures(area, volume, r_peaks, config.frames, fps) | {
@@ -241,7 +240,7 @@ def main():
     for r in reports:
         print(f"""{config.out}/{r["name"]}: {r["frames"]} frames in {r["seconds"]} s on {r["device"]}
   heart rate  {r["hr_bpm"] or "-"} a minute
-  beats       {len(r["r_peaks_s"])} R peaks, {len(r["ed_frames"] or [])} ED frames
+  beats       {len(r["r_peaks_s"])} R peaks, {len(r["ed_frames"])} ED frames
   |ED - R|    {r["ed_error_ms"] or "-"} ms, median
   EF          {r["ef"] or "-"}""")
 
