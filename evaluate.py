@@ -226,9 +226,9 @@ def swing(curve, fps):
 def cardiac_cycle(area, volume, fps):
     """LV area and volume (T,) -> {"ed_frames", "es_frames": lists of int, "ef": points or None}.
 
-    ED and ES are the prominent maxima and minima of the smoothed area curve, EDGE_S or more from its ends. EF is
-    the median of (EDV - ESV) / EDV over neighbouring ED and ES, shallow (ectopic) beats left out. A curve that
-    hardly swings, or no more than its own noise makes it, has no beats: a constant curve must not score.
+    ED and ES are the prominent maxima and minima of the smoothed area, EDGE_S or more from its ends. EF is
+    the median of (EDV - ESV) / EDV over neighbouring ED and ES, shallow (ectopic) beats left out. A curve
+    that hardly swings, or no more than its own noise makes it, has no beats: a constant curve must not score.
     """
     a, v = smooth(area, fps), smooth(volume, fps)
     height, noise, edge = swing(area, fps), np.std(area - a), round(EDGE_S * fps)
@@ -490,9 +490,9 @@ def match(peaks, times):
 def beat_figures(records, name):
     """|ED frame - R peak| of the beats found; beats found, and extra ones, as shares of the R peaks.
 
-    An R peak counts where it lies in the video, MATCH_S or more from its ends, and (but for the true video's own
-    figures) the true video has an ED frame for it: an early ectopic beat finds a ventricle that has not filled. A
-    missed one has no error, it lowers beats_found; an ED frame is extra if no R peak at all is matched with it.
+    An R peak counts where it lies in the video, MATCH_S or more from its ends, and (but for the true video's
+    figures) the true video has an ED frame for it: an early ectopic beat finds an unfilled ventricle. A
+    missed one has no error, it lowers beats_found; an ED frame is extra if no R peak at all matches it.
     """
     errors, peaks, extra = [], 0, 0
     for record in records:

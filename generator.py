@@ -1,13 +1,13 @@
-"""Stage 2b, the masked token transformer (ECHOPulse section 3.2, Table 5) and progressive sampling (section 3.3).
+"""Stage 2b, the masked token transformer (ECHOPulse section 3.2, Table 5) and progressive sampling (3.3).
 
-A bidirectional transformer fills in masked video tokens, told by the ECG: by cross-attention to the encoder's whole
-sequence Z, with the time in seconds between a latent frame and an ECG patch in the rotary embedding, and by the ECG
-samples around each latent frame, projected onto its tokens. The second is what places a beat to within a frame.
+A bidirectional transformer fills in masked video tokens, told by the ECG: by cross-attention to the encoder's
+sequence Z, with the seconds between a latent frame and an ECG patch in the rotary embedding, and by the ECG
+samples around each latent frame, projected onto its tokens. The second places a beat to within a frame.
 
-    tokens (B, T', h, w) with masked places (True = masked, to be predicted) + ECG -> the distribution of each token
+    tokens (B, T', h, w) with masked places (True = to be predicted) + ECG -> the distribution of each token
 
-A token of 13 bits is predicted as its 7 low bits, then its 6 high bits given those: the exact joint of 8192 codes by
-the chain rule, at the price of 192 outputs. Run the file to see the settings and the number of parameters.
+A token of 13 bits is predicted as its 7 low bits, then its 6 high bits given those: the exact joint of 8192
+codes by the chain rule, with 192 outputs. Run the file to see the settings and the number of parameters.
 """
 import math
 from dataclasses import dataclass
@@ -43,10 +43,12 @@ PRESETS = {"demo": {}, "paper": dict(dim=512, heads=8, mlp_dim=2048, depth=6, gr
 
 def check_fits(config, tokenizer, encoder):
     """UserError where a GeneratorConfig is not for this tokenizer and ECG encoder."""
-    for key, value in dict(bits=tokenizer.config.bits, grid=tokenizer.grid, latent_frames=tokenizer.latent_frames,
-                           patch_t=tokenizer.config.patch_t, ecg_dim=encoder.config.dim).items():
+    for key, value in dict(bits=tokenizer.config.bits, grid=tokenizer.grid,
+                           latent_frames=tokenizer.latent_frames, patch_t=tokenizer.config.patch_t,
+                           ecg_dim=encoder.config.dim).items():
         if getattr(config, key) != value:
-            raise UserError(f"the generator is for {key}={getattr(config, key)}, its tokenizer or ECG encoder has {value}")
+            raise UserError(f"the generator is for {key}={getattr(config, key)}, "
+                            f"its tokenizer or encoder has {value}")
 
 
 class Condition(NamedTuple):
@@ -84,7 +86,8 @@ class Generator(nn.Module):
         self.local_in = nn.Linear(round((c.ecg_before + c.ecg_after) * ECG_HZ), c.dim)
         self.local_lead = nn.Embedding(len(LEADS), c.dim)
         self.local_out = nn.Linear(c.dim, c.dim)
-        self.blocks = nn.ModuleList(Block(c.dim, c.heads, c.mlp_dim, context_dim=c.ecg_dim) for _ in range(c.depth))
+        self.blocks = nn.ModuleList(Block(c.dim, c.heads, c.mlp_dim, context_dim=c.ecg_dim)
+                                    for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.dim)
         self.to_low = nn.Linear(c.dim, 2 ** self.low_bits)
         self.given_low = nn.Embedding(2 ** self.low_bits, c.dim)
@@ -93,16 +96,16 @@ class Generator(nn.Module):
         nn.init.zeros_(self.local_out.bias)
 
     def frame_times(self, fps):
-        """fps (B,) -> (B, T') seconds of the middle of each latent frame; the first is one frame, the rest P_t."""
+        """fps (B,) -> (B, T') seconds of each latent frame's middle; the first is one frame, the rest P_t."""
         i, p = torch.arange(self.config.latent_frames, device=fps.device), self.config.patch_t
         return torch.where(i == 0, 0, (i - 1) * p + (p + 1) / 2) / fps[:, None]
 
     def local_ecg(self, cond, times):
         """The samples of ecg_before .. ecg_after seconds around each latent frame: (B, L, T', samples)."""
         first = ((times - self.config.ecg_before - cond.ecg_start[:, None]) * ECG_HZ).round().long()  # B T'
-        at = first[..., None] + torch.arange(self.local_in.in_features, device=times.device)         # B T' W
+        at = first[..., None] + torch.arange(self.local_in.in_features, device=times.device)        # B T' W
         inside = (at >= 0) & (at < cond.ecg.shape[-1])
-        at = at.clamp(0, cond.ecg.shape[-1] - 1)[:, None].expand(-1, cond.ecg.shape[1], -1, -1)      # B L T' W
+        at = at.clamp(0, cond.ecg.shape[-1] - 1)[:, None].expand(-1, cond.ecg.shape[1], -1, -1)     # B L T' W
         samples = torch.gather(cond.ecg[:, :, None].expand(-1, -1, at.shape[2], -1), 3, at)
         return samples * inside[:, None]
 
@@ -151,7 +154,7 @@ class Generator(nn.Module):
 def guide(logits, scale):
     """Classifier-free guidance (Ho and Salimans 2022): uncond + s (cond - uncond); s = 1 is off.
 
-    logits (2 B, ...), the conditional half first, -> (B, ...); at s = 1 they are (B, ...) and stay as they are.
+    logits (2 B, ...), conditional half first, -> (B, ...); at s = 1 they are (B, ...) and stay as they are.
     """
     if scale == 1:
         return logits
@@ -165,7 +168,7 @@ def uniform(shape, rng):
 
 
 def draw(logits, temperature, rng):
-    """One draw from softmax(logits / temperature) by Gumbel's trick: index (B, N), its log-probability (B, N)."""
+    """One draw from softmax(logits / temperature) by Gumbel's trick: index and log-probability (B, N)."""
     gumbel = -(-uniform(logits.shape, rng).log()).log().to(logits.device)
     index = (logits / max(temperature, 1e-4) + gumbel).argmax(-1)
     return index, logits.log_softmax(-1).gather(-1, index[..., None])[..., 0]
@@ -197,13 +200,13 @@ def fill_in(generator, index, masked, cond, steps=8, guidance=1.0, temperature=1
 
 
 @torch.no_grad()
-def stream_video(tokenizer, encoder, generator, ecg, leads, ecg_start, frames, fps, first=None, overlap=5, seed=0,
-                 **how):
+def stream_video(tokenizer, encoder, generator, ecg, leads, ecg_start, frames, fps, first=None, overlap=5,
+                 seed=0, **how):
     """Progressive sampling: yields the video in chunks (B, C, n, H, W) in [0, 1], `frames` frames in all.
 
     ecg (B, L, N) cleaned, numpy, sample 0 at ecg_start seconds; leads (L,); first (B, C, 1, H, W) or None.
-    Each window re-encodes the last `overlap` frames (1 + a multiple of P_t), slides the ECG to its own time span,
-    and goes on: the memory does not grow with the length. `how` goes to fill_in.
+    Each window re-encodes the last `overlap` frames (1 + a multiple of P_t), slides the ECG to its own time
+    span, and goes on: the memory does not grow with the length. `how` goes to fill_in.
     """
     c, device = generator.config, next(generator.parameters()).device
     rng, (B, size) = torch.Generator().manual_seed(seed), (len(ecg), encoder.config.samples)

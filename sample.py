@@ -36,7 +36,7 @@ from generator import stream_video
 class SampleConfig:
     ecg: str = ""               # ECG file; flat = no heart beat; empty = a built-in ECG, drawn with --seed
     ecg_hz: float = 0           # sampling rate of an ECG file that does not say
-    leads: str = ""             # names of its leads, such as II or I,V2, where it does not say; empty = I, II, III ...
+    leads: str = ""             # its leads, such as II or I,V2, where it does not say; empty = I, II, III ...
     image: str = ""             # first frame: PNG, JPG, GIF or .npy
     frames: int = 64            # length of the video
     fps: float = 25             # frames per second
@@ -56,8 +56,8 @@ class SampleConfig:
 def go_on(ecg, first, samples):
     """Samples first .. first + samples of an ECG (L, N) that goes on before its start and after its end.
 
-    There it repeats itself from the first R peak to the last, so that the rhythm stays, or as a whole where it
-    has fewer than two R peaks (a trace of about one beat).
+    There it repeats itself from the first R peak to the last, so that the rhythm stays, or as a whole where
+    it has fewer than two R peaks (a trace of about one beat).
     """
     N, beats = ecg.shape[1], np.round(find_r_peaks(ecg) * ECG_HZ).astype(int)
     lo, hi = (beats[0], beats[-1]) if len(beats) > 1 else (0, N)
@@ -71,8 +71,8 @@ def go_on(ecg, first, samples):
 
 
 def load_ecg(config, margin):
-    """The ECG from `margin` seconds before the video to as many after it: cleaned (L, N), the names of its leads,
-    the times (seconds of the video) of its sample 0 and of its R peaks."""
+    """The ECG from `margin` seconds before the video to as many after it: cleaned (L, N), the names of its
+    leads, the times (seconds of the video) of its sample 0 and of its R peaks."""
     seconds, shift = config.frames / config.fps, config.shift_ms / 1000
     first, samples = -math.ceil((margin + shift) * ECG_HZ), math.ceil((seconds + 2 * margin) * ECG_HZ)
     if config.ecg == "flat":

@@ -25,7 +25,7 @@ from data.phantom import make_clip, make_ecg
 from ecg_encoder import EcgConfig, EcgEncoder, MaskedAutoencoder, clean_ecg, find_r_peaks, load_st_mem, read_ecg
 from generator import Generator, GeneratorConfig, condition, fill_in, guide, masked_share, stream_video
 from tokenizer import LFQ, Tokenizer, TokenizerConfig, bits_to_index, index_to_bits, joint, patchify
-from train_tokenizer import load_weights, model_config, save_weights
+from train_tokenizer import load_weights, model_config
 
 HERE = Path(__file__).parent
 TINY = dict(dim=32, heads=2, mlp_dim=64, depth_space=1, depth_time=1)

@@ -1,8 +1,8 @@
 """Stage 1, the video tokenizer (ECHOPulse section 3.1, Table 4): video -> tokens of 13 bits -> video.
 
 A C-ViViT with lookup-free quantization. The first frame is cut into P x P patches, the T frames after it into
-P_t x P x P patches. Self-attention inside each latent frame, then causal attention along time at each place, so that
-a token never depends on a later frame; LFQ keeps the sign of 13 numbers; the decoder goes the same way back.
+P_t x P x P patches. Self-attention inside each latent frame, then causal attention along time at each place,
+so a token never sees a later frame; LFQ keeps the sign of 13 numbers; the decoder goes the same way back.
 
     video (B, C, T+1, H, W) in [0, 1]  <->  tokens (B, 1 + T/P_t, H/P, W/P) int64 in [0, 2^13)
 
@@ -34,7 +34,8 @@ class TokenizerConfig:
     bits: int = 13              # the codebook has 2^bits codes
 
 
-PRESETS = {"demo": {}, "paper": dict(size=128, channels=3, dim=512, heads=8, mlp_dim=2048, depth_space=4, depth_time=4)}
+PRESETS = {"demo": {}, "paper": dict(size=128, channels=3, dim=512, heads=8, mlp_dim=2048,
+                                     depth_space=4, depth_time=4)}
 
 
 # ---------------------------------------------------------------------------- the transformer, written once
@@ -42,7 +43,7 @@ PRESETS = {"demo": {}, "paper": dict(size=128, channels=3, dim=512, heads=8, mlp
 def rotate(x, time, shortest=2.0, longest=200.0):
     """Rotary position embedding (Su et al. 2021): attention sees differences of `time` only.
 
-    x (B, heads, N, d), time (N,) or (B, N) in any unit; periods run from `shortest` to `longest` of that unit.
+    x (B, heads, N, d), time (N,) or (B, N) in any unit; periods run from `shortest` to `longest` of it.
     """
     half = x.shape[-1] // 2
     step = torch.arange(half, device=x.device) / max(half - 1, 1)
@@ -71,7 +72,7 @@ class Attention(nn.Module):
         k, v = kv.permute(2, 0, 3, 1, 4)                                                    # B h M d, twice
         if time is not None:
             q, k = rotate(q, time), rotate(k, context_time)
-        if x.device.type == "cpu":      # there, attention is up to three times as fast in float32 as in bfloat16
+        if x.device.type == "cpu":      # there, attention is up to 3 times as fast in float32 as in bfloat16
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=self.causal)
         else:
@@ -123,7 +124,7 @@ def bits_to_index(z):
 
 
 def joint(p):
-    """p (N, b), the probability of each bit to be 1 -> (N, 2^b), of each code to be drawn (bits independent)."""
+    """p (N, b), the probability of each bit to be 1 -> (N, 2^b), of each code (bits independent)."""
     codes = torch.ones_like(p[:, :1])
     for i in range(p.shape[1]):
         codes = torch.cat([codes * (1 - p[:, i:i + 1]), codes * p[:, i:i + 1]], dim=1)
@@ -131,9 +132,9 @@ def joint(p):
 
 
 class LFQ(nn.Module):
-    """Lookup-free quantization (Yu et al. 2023): the code is the sign of `bits` numbers; there is no codebook.
+    """Lookup-free quantization (Yu et al. 2023): the code is the sign of `bits` numbers; no codebook.
 
-    The entropy loss asks for codes that are certain one by one, E[H(p)] low, and varied together, H(E[p]) high.
+    The entropy loss asks for codes certain one by one, E[H(p)] low, and varied together, H(E[p]) high.
     P(bit i = 1) = sigmoid(4 z_i) is the softmax over the two codes -1 and 1 of twice their product with z_i.
     """
 
@@ -143,7 +144,7 @@ class LFQ(nn.Module):
         self.project_in, self.project_out = nn.Linear(dim, bits), nn.Linear(bits, dim)
 
     def forward(self, h):
-        """h (..., dim) -> quantised (..., dim), index (...), {"commitment", "entropy_sample", "entropy_batch"}."""
+        """h (..., dim) -> h quantised, index (...), {"commitment", "entropy_sample", "entropy_batch"}."""
         with torch.autocast(h.device.type, enabled=False):
             z = self.project_in(F.layer_norm(h.float(), h.shape[-1:]))                      # ... bits
             code = torch.where(z > 0, 1.0, -1.0)
@@ -181,13 +182,14 @@ def patchify(video, p_t, p):
 
 
 class Unpatch(nn.Module):
-    """Latent frames to pixels, as a lapped transform: each token writes a 2P x 2P square and the squares add up, so
-    that no edge of the patch grid is left to see."""
+    """Latent frames to pixels, as a lapped transform: each token writes a 2P x 2P square and the squares add
+    up, so that no edge of the patch grid is left to see."""
 
     def __init__(self, config, p_t):
         super().__init__()
         p, self.p_t = config.patch, p_t
-        self.to_pixels = nn.ConvTranspose2d(config.dim, config.channels * p_t, 2 * p, stride=p, padding=p // 2)
+        self.to_pixels = nn.ConvTranspose2d(config.dim, config.channels * p_t, 2 * p,
+                                            stride=p, padding=p // 2)
 
     def forward(self, h, grid):
         B, T, N, D = h.shape
@@ -219,8 +221,8 @@ class Tokenizer(nn.Module):
         super().__init__()
         c = self.config = config
         if c.size % c.patch or (c.frames - 1) % c.patch_t:
-            raise UserError(f"size {c.size} must be a multiple of patch {c.patch}, and frames - 1 = {c.frames - 1} of "
-                            f"patch_t {c.patch_t}")
+            raise UserError(f"size {c.size} must be a multiple of patch {c.patch}, and "
+                            f"frames - 1 = {c.frames - 1} of patch_t {c.patch_t}")
         self.grid = c.size // c.patch
         pixels = c.channels * c.patch ** 2
         self.embed_first, self.embed_rest = nn.Linear(pixels, c.dim), nn.Linear(pixels * c.patch_t, c.dim)
@@ -240,8 +242,9 @@ class Tokenizer(nn.Module):
         B, C, T, H, W = video.shape
         c = self.config
         if (C, H, W) != (c.channels, c.size, c.size) or (T - 1) % c.patch_t:
-            raise UserError(f"the tokenizer takes {c.channels} x (1 + a multiple of {c.patch_t}) x {c.size} x {c.size} "
-                            f"(channels, frames, height, width), the video has {C} x {T} x {H} x {W}")
+            raise UserError(f"the tokenizer takes {c.channels} x (1 + a multiple of {c.patch_t}) "
+                            f"x {c.size} x {c.size} (channels, frames, height, width), "
+                            f"the video has {C} x {T} x {H} x {W}")
         first = self.embed_first(patchify(video[:, :, :1], 1, c.patch))                     # B 1 hw D
         rest = self.embed_rest(patchify(video[:, :, 1:], c.patch_t, c.patch))               # B T/p_t hw D
         return self.encode_time(self.encode_space(torch.cat([first, rest], dim=1) + self.place[0]))

@@ -1,12 +1,12 @@
 """Train the masked token transformer and the ECG encoder (ECHOPulse section 3.2; Eq. 7 and 8).
 
-    python train_generator.py --data=datasets/phantom --weights=runs/demo --out=runs/demo      # demo, CPU or one GPU
-    torchrun --nproc_per_node=8 train_generator.py --preset=paper --data=datasets/NAME --weights=DIR --out=runs/NAME
+    python train_generator.py --data=datasets/phantom --weights=runs/demo --out=runs/demo  # demo, CPU or GPU
+    torchrun --nproc_per_node=8 train_generator.py --preset=paper --data=datasets/NAME --weights=DIR --out=OUT
 
-Needs tokenizer.pt and ecg_encoder.pt in --weights. Reads windows of T+1 frames with the ECG around them, writes
-OUT/generator.pt and OUT/ecg_encoder.pt (EMA weights), OUT/generator_state.pt (all that --resume needs) and
-OUT/generator.jsonl (a line a logged step). Every validation also gives the loss with a wrong ECG, another clip's:
-the gap between the two is the method's pulse. It opens late, after some thousands of clips.
+Needs tokenizer.pt and ecg_encoder.pt in --weights. Reads windows of T+1 frames with the ECG around them,
+writes OUT/generator.pt and OUT/ecg_encoder.pt (EMA weights), OUT/generator_state.pt (all that --resume needs)
+and OUT/generator.jsonl (a line a logged step). Every validation also gives the loss with a wrong ECG, another
+clip's: the gap between the two is the method's pulse. It opens late, after some thousands of clips.
 """
 import copy
 import math
@@ -24,8 +24,8 @@ from data.clips import Clips, RandomWindows, UserError, batches, parse_flags, ru
 from ecg_encoder import EcgConfig, EcgEncoder, clean_ecg
 from generator import Generator, GeneratorConfig, check_fits, condition, masked_share
 from tokenizer import Tokenizer, TokenizerConfig, parameter_count
-from train_tokenizer import (Log, all_mean, check_out, ema_update, init_distributed, load_weights, model_config,
-                             read_file, save_atomic, save_weights, schedule)
+from train_tokenizer import (Log, all_mean, check_out, ema_update, init_distributed, load_weights,
+                             model_config, read_file, save_atomic, save_weights, schedule)
 
 
 @dataclass
@@ -45,7 +45,7 @@ class TrainConfig(GeneratorConfig):
     clip_norm: float = 1.0          # gradient norm is clipped here
     ema: float = 0.98               # EMA of the weights, every 10 steps
     none_share: float = 0.15        # clips trained without any known frame
-    prefix_share: float = 0.40      # clips trained with two or more known latent frames; the rest know the first
+    prefix_share: float = 0.40      # clips with two or more known latent frames; the rest know the first
     drop_ecg: float = 0.10          # clips whose ECG is replaced by the null context
     bf16: bool = True               # autocast to bfloat16
     compile: bool = False           # torch.compile
@@ -67,15 +67,16 @@ class Stage2(nn.Module):
         self.ecg_encoder, self.generator = ecg_encoder, generator
 
     def forward(self, index, masked, batch, drop):
-        cond = condition(self.ecg_encoder, batch["ecg"], batch["leads"][0], batch["ecg_start"], batch["fps"], drop)
+        cond = condition(self.ecg_encoder, batch["ecg"], batch["leads"][0], batch["ecg_start"],
+                         batch["fps"], drop)
         return self.generator(index, masked, cond)
 
 
 def choose_masked(config, noise, T, N, known=None):
     """Masks of a batch from its uniform numbers, noise (B, 3 + T N) -> masked (B, T, N) bool.
 
-    Known latent frames (none, the first, or a prefix; `known` fixes how many) are never masked; of the other tokens
-    the cosine schedule masks a share, at least one.
+    Known latent frames (none, the first, or a prefix; `known` fixes how many) are never masked; of the other
+    tokens the cosine schedule masks a share, at least one.
     """
     kind, share, length = noise[:, 0], noise[:, 1], noise[:, 2]
     prefix = 2 + (length * (T - 2)).long()                                                  # 2 .. T-1
@@ -84,7 +85,8 @@ def choose_masked(config, noise, T, N, known=None):
     free = (T - known) * N
     many = (masked_share(share) * free).ceil().clamp(min=1)                                 # B
     order = noise[:, 3:3 + T * N].reshape(-1, T, N)
-    order = order.masked_fill(torch.arange(T, device=noise.device)[:, None] < known[:, None, None], 2).flatten(1)
+    order = order.masked_fill(torch.arange(T, device=noise.device)[:, None] < known[:, None, None],
+                              2).flatten(1)
     return (order.argsort(1).argsort(1) < many[:, None]).reshape(-1, T, N)
 
 
@@ -110,7 +112,8 @@ def evaluate(model, tokenizer, data, config, device, rank, world, items=64):
             masked = choose_masked(config, batch["noise"], index.shape[1], index[0, 0].numel(), known)
             masked = masked.reshape(index.shape)
             for ecg, told in (("right", batch), ("wrong", wrong)):
-                loss = masked_mean(model(index, masked, told, torch.zeros_like(batch["fps"], dtype=torch.bool)), masked)
+                loss = masked_mean(model(index, masked, told,
+                                         torch.zeros_like(batch["fps"], dtype=torch.bool)), masked)
                 sums[f"val_{name}_{ecg}"] += loss.item() * config.batch * world / items
     return all_mean(sums, device)
 
@@ -127,16 +130,18 @@ def main():
     encoder = load_weights(config.weights, "ecg_encoder", EcgEncoder, EcgConfig)
     check_fits(config, tokenizer, encoder)
     T, N = tokenizer.latent_frames, tokenizer.grid ** 2
-    train, val = (RandomWindows(Clips(config.data, split), tokenizer.config.frames, encoder.config.samples, clean_ecg,
-                                config.batch * world, config.seed, 4 + T * N) for split in ("train", "val"))
+    train, val = (RandomWindows(Clips(config.data, split), tokenizer.config.frames, encoder.config.samples,
+                                clean_ecg, config.batch * world, config.seed, 4 + T * N)
+                  for split in ("train", "val"))
 
     # ---- model
     shape = model_config(config, GeneratorConfig)
     raw = Stage2(encoder, load_weights(config.init_from, "generator", Generator, GeneratorConfig, shape)
                  if config.init_from else Generator(shape)).to(device)
     if rank == 0:
-        print(f"{config}\n{parameter_count(raw.generator):.2f}M parameters and {parameter_count(raw.ecg_encoder):.2f}M "
-              f"of the ECG encoder, {len(train.clips)} clips, {device} x {world}")
+        print(f"{config}\n{parameter_count(raw.generator):.2f}M parameters and "
+              f"{parameter_count(raw.ecg_encoder):.2f}M of the ECG encoder, "
+              f"{len(train.clips)} clips, {device} x {world}")
 
     # ---- optimizer and EMA
     optimizer = torch.optim.AdamW(raw.parameters(), lr=config.lr, betas=(0.9, 0.99),
@@ -157,7 +162,8 @@ def main():
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
     # ---- loop
-    log, loader = Log(config, "generator", rank), batches(train, config.batch, step, rank, world, config.workers)
+    log, loader = Log(config, "generator", rank), \
+        batches(train, config.batch, step, rank, world, config.workers)
     log.bar.update(step)
     began, results = time.time() - seconds, {}
     for step in count(step):
@@ -173,8 +179,8 @@ def main():
         if rank == 0 and step > 0 and (finished or step % config.save_every == 0):
             save_weights(config.out, "generator", ema.generator, step)
             save_weights(config.out, "ecg_encoder", ema.ecg_encoder, step)
-            save_atomic({"model": raw.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                         "step": step, "seconds": seconds}, state_path)
+            save_atomic({"model": raw.state_dict(), "ema": ema.state_dict(),
+                         "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}, state_path)
         if finished:
             break
 
@@ -188,8 +194,8 @@ def main():
         if (step + 1) % config.accumulate == 0:
             norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), config.clip_norm)
             if not torch.isfinite(norm):
-                raise UserError(f"step {step}: loss or gradient is not finite, clips {batch['clip'].tolist()}; "
-                                f"{state_path} keeps the last good state")
+                raise UserError(f"step {step}: loss or gradient is not finite, "
+                                f"clips {batch['clip'].tolist()}; {state_path} keeps the last good state")
             optimizer.step()
             optimizer.zero_grad()
         if step % 10 == 0:
@@ -198,8 +204,8 @@ def main():
         # log
         if step % config.log_every == 0:
             values = all_mean({"loss": loss, "masked": masked.float().mean()}, device)
-            log.write(step, **values, lr=lr, seconds=seconds, clips_per_s=log.rate(step) * config.batch * world,
-                      leads=len(batch["leads"][0]))
+            log.write(step, **values, lr=lr, seconds=seconds,
+                      clips_per_s=log.rate(step) * config.batch * world, leads=len(batch["leads"][0]))
             log.bar.set_postfix({"loss": f"{values['loss']:.3f}", **results})
         log.bar.update()
 

@@ -1,10 +1,10 @@
-"""Train the video tokenizer (ECHOPulse section 3.1; Eq. 2 and 4, and the entropy loss of lookup-free quantization).
+"""Train the video tokenizer (ECHOPulse section 3.1; Eq. 2 and 4, and the entropy loss of LFQ).
 
-    python train_tokenizer.py --data=datasets/phantom --out=runs/tokenizer                     # demo, CPU or one GPU
+    python train_tokenizer.py --data=datasets/phantom --out=runs/tokenizer                 # demo, CPU or GPU
     torchrun --nproc_per_node=8 train_tokenizer.py --preset=paper --data=datasets/NAME --out=runs/NAME
 
-Reads windows of T+1 frames of a prepared set, writes OUT/tokenizer.pt (EMA weights), OUT/tokenizer_state.pt (all that
---resume needs) and OUT/tokenizer.jsonl (a line a logged step). What all trainers share stands here once.
+Reads windows of T+1 frames of a prepared set, writes OUT/tokenizer.pt (EMA weights), OUT/tokenizer_state.pt
+(all that --resume needs) and OUT/tokenizer.jsonl (a line a logged step). What trainers share is here once.
 """
 import copy
 import json
@@ -99,7 +99,7 @@ def ema_update(ema, model, decay):
 
 
 def save_atomic(content, path):
-    """torch.save to a temporary file, synced and renamed: a crash leaves the old file or the new one, whole."""
+    """torch.save to a temporary file, synced and renamed: a crash leaves the old file or the new, whole."""
     part = Path(f"{path}.part")
     with open(part, "wb") as file:
         torch.save(content, file)
@@ -112,17 +112,25 @@ def commit():
     """Commit of the code, or "" outside a git checkout."""
     here = Path(__file__).parent
     try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True,
-                              check=True).stdout.strip()
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True,
+                              text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
 
-def save_weights(folder, stage, model, step, dtype=None):
-    """FOLDER/STAGE.pt: {"stage", "config", "model", "step", "commit"}; dtype=torch.float16 halves the file."""
-    state = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in model.state_dict().items()}
-    save_atomic({"stage": stage, "config": asdict(model.config), "model": state, "step": step, "commit": commit()},
-                Path(folder) / f"{stage}.pt")
+def save_weights(folder, stage, model, step):
+    """FOLDER/STAGE.pt: {"stage", "config", "model", "step", "commit"}."""
+    save_atomic({"stage": stage, "config": asdict(model.config), "model": model.state_dict(), "step": step,
+                 "commit": commit()}, Path(folder) / f"{stage}.pt")
+
+
+def pack(source, target):
+    """Copy the weights of a folder in half precision, as weights/ is shipped."""
+    Path(target).mkdir(exist_ok=True)
+    for stage in ("tokenizer", "ecg_encoder", "generator", "segmenter"):
+        saved = read_file(Path(source) / f"{stage}.pt")
+        saved["model"] = {k: v.half() if v.is_floating_point() else v for k, v in saved["model"].items()}
+        save_atomic(saved, Path(target) / f"{stage}.pt")
 
 
 def read_file(path):
@@ -136,7 +144,7 @@ def read_file(path):
 
 
 def load_weights(folder, stage, model_class, config_class, expected=None):
-    """Model from FOLDER/STAGE.pt, its config taken from the file; UserError where `expected` differs from it."""
+    """Model from FOLDER/STAGE.pt, its config from the file; UserError where `expected` differs from it."""
     path = Path(folder) / f"{stage}.pt"
     saved = read_file(path)
     if not isinstance(saved, dict) or saved.get("stage") != stage:
@@ -225,7 +233,8 @@ def main():
         else Tokenizer(shape)
     raw.to(device)
     if rank == 0:
-        print(f"{config}\n{parameter_count(raw):.2f}M parameters, {len(train.clips)} clips, {device} x {world}")
+        print(f"{config}\n{parameter_count(raw):.2f}M parameters, "
+              f"{len(train.clips)} clips, {device} x {world}")
 
     # ---- optimizer and EMA
     optimizer = torch.optim.AdamW(raw.parameters(), lr=config.lr, betas=(0.9, 0.99),
@@ -246,7 +255,8 @@ def main():
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
     # ---- loop
-    log, loader = Log(config, "tokenizer", rank), batches(train, config.batch, step, rank, world, config.workers)
+    log, loader = Log(config, "tokenizer", rank), \
+        batches(train, config.batch, step, rank, world, config.workers)
     log.bar.update(step)
     began, results = time.time() - seconds, {}
     for step in count(step):
@@ -261,8 +271,8 @@ def main():
             results = log.write(step, **evaluate(ema, val, config.batch, device, rank, world))
         if rank == 0 and step > 0 and (finished or step % config.save_every == 0):
             save_weights(config.out, "tokenizer", ema, step)
-            save_atomic({"model": raw.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                         "step": step, "seconds": seconds}, state_path)
+            save_atomic({"model": raw.state_dict(), "ema": ema.state_dict(),
+                         "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}, state_path)
         if finished:
             break
 
@@ -275,8 +285,8 @@ def main():
         if (step + 1) % config.accumulate == 0:
             norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), config.clip_norm)
             if not torch.isfinite(norm):
-                raise UserError(f"step {step}: loss or gradient is not finite, clips {batch['clip'].tolist()}; "
-                                f"{state_path} keeps the last good state")
+                raise UserError(f"step {step}: loss or gradient is not finite, "
+                                f"clips {batch['clip'].tolist()}; {state_path} keeps the last good state")
             optimizer.step()
             optimizer.zero_grad()
         if step % 10 == 0:
@@ -285,8 +295,8 @@ def main():
         # log
         if step % config.log_every == 0:
             values = all_mean({"loss": loss, **parts}, device)
-            log.write(step, **values, lr=lr, seconds=seconds, clips_per_s=log.rate(step) * config.batch * world,
-                      codes=index.unique().numel())
+            log.write(step, **values, lr=lr, seconds=seconds,
+                      clips_per_s=log.rate(step) * config.batch * world, codes=index.unique().numel())
             log.bar.set_postfix({"loss": f"{values['loss']:.3f}", "mse": f"{values['mse']:.5f}", **results})
         log.bar.update()
 

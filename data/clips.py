@@ -7,8 +7,8 @@
     datasets/NAME/SPLIT/mask.npy     uint8 (sum of frames, H, W), 1 = left-ventricular cavity; optional
     datasets/NAME/SPLIT/volume.npy   float32 (sum of frames,), true LV volume in ml; optional
 
-Frame k shows t = k / fps seconds, ECG sample j shows t = ecg_offset_s + j / 250. Every random draw of a training
-is a function of (seed, number of the item): the same for any number of processes, and resumed without any state.
+Frame k shows t = k / fps seconds, ECG sample j shows t = ecg_offset_s + j / 250. Every random draw of a
+training is a function of (seed, item number): the same for any number of processes, resumed without state.
 
 The command-line flags that all scripts share are parsed here too, from the comments of a dataclass.
 """
@@ -111,7 +111,7 @@ def parse_flags(config, presets=None, argv=None):
 class Writer:
     """Write a prepared set clip by clip into OUT.part, renamed to OUT when it is whole.
 
-    with Writer(out, meta) as w: w.add("train", video=(T, H, W, C) uint8, ecg=(N, L) mV, ecg_offset_s=..., ...)
+    with Writer(out, meta) as w: w.add("val", video=(T, H, W, C) uint8, ecg=(N, L) mV, ecg_offset_s=..., ...)
     """
     ARRAYS = {"video": np.uint8, "ecg": np.float32, "mask": np.uint8, "volume": np.float32}
 
@@ -124,7 +124,7 @@ class Writer:
         self.files, self.shapes, self.rows = {}, {}, {}
 
     def add(self, split, **clip):
-        """Append one clip: arrays named in ARRAYS (video is required), any other key is a column of clips.csv."""
+        """Append a clip: arrays named in ARRAYS (video required), any other key is a column of clips.csv."""
         (self.part / split).mkdir(parents=True, exist_ok=True)
         starts = {name: self.append(split, name, clip.pop(name)) for name in self.ARRAYS
                   if clip.get(name) is not None}
@@ -146,7 +146,7 @@ class Writer:
         return start, len(array)
 
     def header(self, key):
-        """numpy leaves room in the header for the first axis to grow, so it can be written again at the end."""
+        """numpy leaves room in the header for the first axis to grow, so it can be rewritten at the end."""
         descr = np.lib.format.dtype_to_descr(np.dtype(self.ARRAYS[key[1]]))
         np.lib.format.write_array_header_1_0(self.files[key], {"descr": descr, "fortran_order": False,
                                                                "shape": tuple(self.shapes[key])})
@@ -227,8 +227,8 @@ class Clips:
         try:
             self.meta = json.loads((folder / "meta.json").read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder}/meta.json: {getattr(error, 'strerror', None) or 'damaged'}; --data is a folder"
-                            " made by a data module, such as python -m data.phantom") from None
+            raise UserError(f"{folder}/meta.json: {getattr(error, 'strerror', None) or 'damaged'}; --data is"
+                            " a folder made by a data module, such as python -m data.phantom") from None
         found = [f for f in sorted(folder.glob(f"{split}*")) if re.fullmatch(rf"{split}(-\d+)?", f.name)]
         self.shards = [Shard(f, self.meta) for f in found if (f / "clips.csv").exists()]
         if not self.shards:
@@ -277,10 +277,10 @@ def cut_ecg(ecg, first, samples):
 class RandomWindows(Dataset):
     """Random windows of T frames, each with the ECG of its own time span and what lies around it.
 
-    Item n: video (C, T, H, W) float in [0, 1]; fps; clip index; noise (K,) uniform numbers for the training's own
-    draws; with samples > 0 also ecg (L, samples) cleaned, centred on the window; leads (L,) indices into LEADS;
-    ecg_start, the time in seconds of ecg sample 0 after the window's first frame. Items of one `group` (a step's
-    batch over all processes) share their leads: half of the groups see one lead, a quarter 2 or 3, the rest all.
+    Item n: video (C, T, H, W) float in [0, 1]; fps; clip index; noise (K,) uniform numbers for the training's
+    draws; with samples > 0 also ecg (L, samples) cleaned, centred on the window; leads (L,) indices into
+    LEADS; ecg_start, seconds of ecg sample 0 after the window's first frame. Items of one `group` (a step's
+    batch over all processes) share leads: half of the groups see one lead, a quarter 2 or 3, the rest all.
     """
 
     def __init__(self, clips, frames, samples=0, clean=None, group=1, seed=0, noise=0):
