@@ -46,7 +46,7 @@ class EvalConfig:
     frames: int = 64                # sync, ef: frames of a clip, from its first one on
     leads: str = ""                 # sync, ef: ECG leads by name, such as II or I,V2; empty = all of the set
     steps: int = 0                  # sync, ef: decoding steps, 0 = the usual; segmenter: of training
-    guidance: float = 1.0           # sync, ef: scale of classifier-free guidance; 1 = off
+    guidance: float = 1.5           # sync, ef: scale of classifier-free guidance; 1 = off
     temperature: float = 1.0        # sync, ef: of the draws
     overlap: int = 5                # sync, ef: frames that a window knows of the one before
     batch: int = 16                 # clips, windows or training frames at a time

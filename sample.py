@@ -43,7 +43,7 @@ class SampleConfig:
     weights: str = "weights"    # folder with tokenizer.pt, ecg_encoder.pt, generator.pt, segmenter.pt
     out: str = "out"            # folder to write
     steps: int = 8              # decoding steps of one window
-    guidance: float = 1         # classifier-free guidance; 1 = off
+    guidance: float = 1.5       # classifier-free guidance; 1 = off
     temperature: float = 1      # of drawing tokens
     overlap: int = 5            # frames that a window takes over from the one before; 1 + a multiple of P_t
     shift_ms: float = 0         # moves the ECG later by so many milliseconds
