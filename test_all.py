@@ -30,6 +30,7 @@ from train_tokenizer import load_weights, model_config
 HERE = Path(__file__).parent
 TINY = dict(dim=32, heads=2, mlp_dim=64, depth_space=1, depth_time=1)
 TINY_FLAGS = [f"--{k}={v}" for k, v in TINY.items()]
+GOLDEN = [2701, 5714, 486, 451, 5366, 1209, 4864, 6317]     # one row of tokens by the shipped weights
 torch.set_num_threads(2)
 
 
@@ -291,16 +292,15 @@ def test_resumed_equals_uninterrupted(stage, phantom, weights, tmp_path, monkeyp
 def test_two_ranks_equal_one_process(stage, phantom, weights, tmp_path):
     """Entropy or masked mean not over all ranks, the same data on both ranks, or gradients not averaged."""
     def train(out, batch, launch):
-        flags = [f"--batch={batch}", "--steps=4", "--bf16=0", "--warmup=1", "--entropy_weight=1"]
+        flags = [f"--batch={batch}", "--steps=4", "--bf16=0", "--warmup=1"]
         if stage == "tokenizer":
-            train_tokenizer_for(phantom, out, *flags, launch=(*launch, "train_tokenizer.py"))
+            train_tokenizer_for(phantom, out, *flags, "--entropy_weight=1", launch=(*launch, "train_tokenizer.py"))
         else:
-            train_generator_for(phantom, weights, out, *flags[:4], launch=(*launch, "train_generator.py"))
+            train_generator_for(phantom, weights, out, *flags, launch=(*launch, "train_generator.py"))
         return torch.load(out / f"{stage}_state.pt")["model"]
     one = train(tmp_path / "one", 4, ())
     two = train(tmp_path / "two", 2, ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
     size = lambda x: torch.cat([v.flatten().float() for v in x.values()]).norm()
-    torch.manual_seed(0)
     assert size({k: one[k] - two[k] for k in one}) < 1e-3 * size(one)
     assert log_lines(tmp_path / "two", stage)[0] == pytest.approx(log_lines(tmp_path / "one", stage)[0], rel=1e-4)
 
