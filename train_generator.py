@@ -9,7 +9,6 @@ and OUT/generator.jsonl (a line a logged step). Every validation also gives the 
 clip's: the gap between the two is the method's pulse. It opens late, after some thousands of clips.
 """
 import copy
-import math
 import time
 from dataclasses import dataclass
 from itertools import count
