@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.ndimage import percentile_filter, uniform_filter1d
-from scipy.signal import butter, find_peaks, resample_poly, sosfiltfilt
+from scipy.signal import butter, find_peaks, lfilter, resample_poly, sosfiltfilt
 from torch import nn
 
 import train_tokenizer as trainer
@@ -198,6 +198,22 @@ def clean_ecg(ecg):
     """ecg (L, N) mV -> (L, N) float32: 0.67 to 40 Hz, mean 0 and standard deviation 1 over leads and time."""
     x = sosfiltfilt(CLEAN_BAND, ecg, padlen=min(ecg.shape[1] - 1, ECG_HZ))      # 1 s: the high-pass settles
     return ((x - x.mean()) / max(x.std(), FLAT_MV)).astype(np.float32)
+
+
+def redraw_ecg(ecg, rng, share):
+    """A cleaned ECG (L, N) as another recorder would draw it, a `share` of the times: for training.
+
+    The filters of monitors and echo machines smear the waves; here exponential tails of 8 to 300 ms do, one
+    after and one before each wave, of either sign and at most 0.6 of its height. No R peak moves.
+    """
+    if rng.random() >= share:
+        return ecg
+    x = ecg
+    for way in (1, -1):
+        keep = np.exp(-1 / (ECG_HZ * np.exp(rng.uniform(*np.log([0.008, 0.3])))))
+        tail = lfilter([1 - keep], [1, -keep], x[:, ::way])[:, ::way]
+        x = x + rng.uniform(-0.6, 0.6) * tail * np.abs(x).max() / max(np.abs(tail).max(), 1e-6)
+    return (x * (ecg.std() / max(x.std(), 1e-6))).astype(np.float32)
 
 
 def find_r_peaks(ecg):

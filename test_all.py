@@ -187,9 +187,9 @@ def test_time_alignment(tiny):
 def test_masks():
     """Known frames masked, or a share that is not the cosine schedule's."""
     config, noise = train_generator.TrainConfig(), torch.rand(400, 3 + 6 * 64)
-    masked = train_generator.choose_masked(config, noise, 6, 64).any(-1)           # B T
+    masked = train_generator.choose_masked(config, noise, 6, 64)[0].any(-1)           # B T
     assert masked.any(-1).all() and abs(masked[:, 0].float().mean() - 0.15) < 0.06  # 15 %: nothing known
-    share = train_generator.choose_masked(config, noise, 6, 64, known=1).float().mean((1, 2)) * 6 / 5
+    share = train_generator.choose_masked(config, noise, 6, 64, known=1)[0].float().mean((1, 2)) * 6 / 5
     assert torch.allclose(share, masked_share(noise[:, 1]), atol=0.01)
 
 

@@ -11,6 +11,7 @@ clip's: the gap between the two is the method's pulse. It opens late, after some
 import copy
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import generator
 from data.clips import Clips, RandomWindows, UserError, batches, parse_flags, run_main
-from ecg_encoder import EcgConfig, EcgEncoder, clean_ecg
+from ecg_encoder import EcgConfig, EcgEncoder, clean_ecg, redraw_ecg
 from generator import Generator, GeneratorConfig, check_fits, condition, masked_share
 from tokenizer import Tokenizer, TokenizerConfig, parameter_count
 from train_tokenizer import (Log, all_mean, check_out, ema_update, init_distributed, load_weights,
@@ -46,6 +47,7 @@ class TrainConfig(GeneratorConfig):
     none_share: float = 0.15        # clips trained without any known frame
     prefix_share: float = 0.40      # clips with two or more known latent frames; the rest know the first
     drop_ecg: float = 0.10          # clips whose ECG is replaced by the null context
+    redraw_share: float = 0.40      # clips whose ECG is drawn as by another recorder
     bf16: bool = True               # autocast to bfloat16
     compile: bool = False           # torch.compile
     workers: int = 0                # data loading processes
@@ -72,7 +74,7 @@ class Stage2(nn.Module):
 
 
 def choose_masked(config, noise, T, N, known=None):
-    """Masks of a batch from its uniform numbers, noise (B, 3 + T N) -> masked (B, T, N) bool.
+    """Masks of a batch from its uniform numbers, noise (B, 3 + T N) -> masked (B, T, N) bool, known (B,).
 
     Known latent frames (none, the first, or a prefix; `known` fixes how many) are never masked; of the other
     tokens the cosine schedule masks a share, at least one.
@@ -86,7 +88,18 @@ def choose_masked(config, noise, T, N, known=None):
     order = noise[:, 3:3 + T * N].reshape(-1, T, N)
     order = order.masked_fill(torch.arange(T, device=noise.device)[:, None] < known[:, None, None],
                               2).flatten(1)
-    return (order.argsort(1).argsort(1) < many[:, None]).reshape(-1, T, N)
+    return (order.argsort(1).argsort(1) < many[:, None]).reshape(-1, T, N), known
+
+
+def as_sampled(tokenizer, index, known):
+    """index (B, T, h, w) with known prefixes as sampling has them: encoded again from what was decoded.
+
+    Without it each window would take the small losses of the one before for the truth, and add its own.
+    """
+    again = tokenizer.encode(tokenizer.decode(index))
+    frame = torch.arange(index.shape[1], device=index.device)
+    prefix = (frame < known[:, None]) & (known[:, None] > 1)                                # B T
+    return torch.where(prefix[..., None, None], again, index)
 
 
 def masked_mean(loss, masked):
@@ -108,10 +121,10 @@ def evaluate(model, tokenizer, data, config, device, rank, world, items=64):
         index = tokenizer.encode(batch["video"])
         wrong = batch | {k: batch[k].roll(1, 0) for k in ("ecg", "ecg_start")}
         for name, known in (("first", 1), ("prefix", index.shape[1] // 2)):
-            masked = choose_masked(config, batch["noise"], index.shape[1], index[0, 0].numel(), known)
-            masked = masked.reshape(index.shape)
+            masked, many = choose_masked(config, batch["noise"], index.shape[1], index[0, 0].numel(), known)
+            given, masked = as_sampled(tokenizer, index, many), masked.reshape(index.shape)
             for ecg, told in (("right", batch), ("wrong", wrong)):
-                loss = masked_mean(model(index, masked, told,
+                loss = masked_mean(model(given, masked, told,
                                          torch.zeros_like(batch["fps"], dtype=torch.bool)), masked)
                 sums[f"val_{name}_{ecg}"] += loss.item() * config.batch * world / items
     return all_mean(sums, device)
@@ -130,8 +143,8 @@ def main():
     check_fits(config, tokenizer, encoder)
     T, N = tokenizer.latent_frames, tokenizer.grid ** 2
     train, val = (RandomWindows(Clips(config.data, split), tokenizer.config.frames, encoder.config.samples,
-                                clean_ecg, config.batch * world, config.seed, 4 + T * N)
-                  for split in ("train", "val"))
+                                clean_ecg, config.batch * world, config.seed, 4 + T * N, vary)
+                  for split, vary in (("train", partial(redraw_ecg, share=config.redraw_share)), ("val", None)))
 
     # ---- model
     shape = model_config(config, GeneratorConfig)
@@ -186,7 +199,8 @@ def main():
         # accumulate, clip, step, EMA
         batch = {k: v.to(device, non_blocking=True) for k, v in next(loader).items()}
         index = tokenizer.encode(batch["video"])                                            # B T' h w
-        masked = choose_masked(config, batch["noise"], T, N).reshape(index.shape)
+        masked, known = choose_masked(config, batch["noise"], T, N)
+        index, masked = as_sampled(tokenizer, index, known), masked.reshape(index.shape)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             loss = masked_mean(model(index, masked, batch, batch["noise"][:, -1] < config.drop_ecg), masked)
         (loss / config.accumulate).backward()

@@ -281,10 +281,11 @@ class RandomWindows(Dataset):
     draws; with samples > 0 also ecg (L, samples) cleaned, centred on the window; leads (L,) indices into
     LEADS; ecg_start, seconds of ecg sample 0 after the window's first frame. Items of one `group` (a step's
     batch over all processes) share leads: half of the groups see one lead, a quarter 2 or 3, the rest all.
+    vary(ecg, rng) alters a cleaned ECG.
     """
 
-    def __init__(self, clips, frames, samples=0, clean=None, group=1, seed=0, noise=0):
-        self.clips, self.frames, self.samples, self.clean = clips, frames, samples, clean
+    def __init__(self, clips, frames, samples=0, clean=None, group=1, seed=0, noise=0, vary=None):
+        self.clips, self.frames, self.samples, self.clean, self.vary = clips, frames, samples, clean, vary
         self.group, self.seed, self.noise = group, seed, noise
         shortest = min(min(s.columns["frames"]) for s in clips.shards)
         if shortest < frames:
@@ -307,6 +308,7 @@ class RandomWindows(Dataset):
         if self.samples:
             leads = self.choose_leads(n)
             ecg = self.clean(self.clips.ecg(i, leads))
+            ecg = self.vary(ecg, rng) if self.vary else ecg
             middle = (start + self.frames / 2) / row["fps"] - row["ecg_offset_s"]
             first = round(middle * ECG_HZ) - self.samples // 2
             item |= {"ecg": torch.from_numpy(cut_ecg(ecg, first, self.samples)),
