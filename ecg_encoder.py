@@ -16,13 +16,16 @@ import time
 import warnings
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from scipy.ndimage import percentile_filter, uniform_filter1d
 from scipy.signal import butter, find_peaks, lfilter, resample_poly, sosfiltfilt
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import train_tokenizer as trainer
 from data.clips import ECG_HZ, LEADS, Clips, RandomWindows, UserError, batches, parse_flags, run_main
@@ -321,15 +324,14 @@ class MaskedAutoencoder(nn.Module):
     def patchify(self, ecg):
         return ecg.unflatten(2, (-1, self.encoder.config.patch))                            # B L n patch
 
-    def random_masking(self, B, L, n, generator=None):
-        """keep (B, L, k), indices of the patches seen, equally many in each lead; mask (B, L, n)."""
-        noise = torch.rand(B, L, n, generator=generator)
-        keep = noise.argsort(dim=2)[:, :, :max(1, int(n * (1 - self.mask_ratio)))]
+    def random_masking(self, noise):
+        """Uniform numbers (B, L, n) -> keep (B, L, k), the patches seen, equally many a lead; mask (B, L, n)."""
+        keep = noise.argsort(dim=2)[:, :, :max(1, int(noise.shape[2] * (1 - self.mask_ratio)))]
         return keep, torch.ones_like(noise, dtype=torch.bool).scatter(2, keep, False)
 
-    def forward_encoder(self, ecg, leads, generator=None):
+    def forward_encoder(self, ecg, leads, noise):
         B, L, n, _ = self.patchify(ecg).shape
-        keep, mask = (t.to(ecg.device) for t in self.random_masking(B, L, n, generator))
+        keep, mask = self.random_masking(noise[:, :L * n].reshape(B, L, n))
         return self.encoder.encode(ecg, leads, keep), keep, mask                            # B L k+2 D
 
     def forward_decoder(self, x, keep, n):
@@ -351,52 +353,86 @@ class MaskedAutoencoder(nn.Module):
         error = (predicted.float() - target).square().mean(-1)                              # B L n
         return (error * mask).sum() / mask.sum()
 
-    def forward(self, ecg, leads, generator=None):
-        """ecg (B, L, N) cleaned, leads as in EcgEncoder -> loss; generator (on the CPU) draws the masks."""
-        x, keep, mask = self.forward_encoder(ecg, leads, generator)
+    def forward(self, ecg, leads, noise):
+        """ecg (B, L, N) cleaned, leads as in EcgEncoder, noise (B, L n or more) uniform -> loss."""
+        x, keep, mask = self.forward_encoder(ecg, leads, noise)
         return self.forward_loss(ecg, self.forward_decoder(x, keep, mask.shape[2]), mask)
 
 
 @dataclass
 class TrainConfig(EcgConfig):
     data: str = "datasets/phantom"  # prepared data set
-    out: str = "runs/ecg"       # folder for weights and log
+    out: str = "runs/ecg"       # folder for weights, state and log
+    resume: bool = False        # go on from OUT's saved state
     steps: int = 0              # stop after so many steps; 0 = after --minutes
     minutes: float = 10         # stop after so many minutes of training
-    batch: int = 32             # ECG windows of one step
+    batch: int = 32             # ECG windows of one step in one process
     lr: float = 1e-3            # peak learning rate of AdamW; linear warm-up, then cosine to a twentieth
     warmup: int = 200           # steps of warm-up
+    weight_decay: float = 0.01  # of AdamW
+    clip_norm: float = 1.0      # gradient norm is clipped here
+    ema: float = 0.98           # EMA of the weights, every 10 steps
+    workers: int = 0            # data loading processes
+    log_every: int = 50         # steps between two lines of the log
+    save_every: int = 500       # steps between two checkpoints
     seed: int = 0               # of weights, data and masks
 
 
 def main():
-    config = parse_flags(TrainConfig, {"demo": {}, "paper": PRESETS["paper"] | dict(lr=1e-4)})
-    device, rank, _ = trainer.init_distributed(config.seed)
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    clips = Clips(config.data, "train")
-    train = RandomWindows(clips, 1, config.samples, clean_ecg, config.batch, config.seed)
-    model = MaskedAutoencoder(trainer.model_config(config, EcgConfig)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    ema, generator = copy.deepcopy(model).eval(), torch.Generator().manual_seed(config.seed)
-    print(f"{config}\n{parameter_count(model):.2f}M parameters, {len(clips)} clips, {device}")
-    log, began = trainer.Log(config, "ecg_encoder", rank), time.time()
-    for step, batch in enumerate(batches(train, config.batch)):
-        done, optimizer.param_groups[0]["lr"] = trainer.schedule(config, step, time.time() - began)
-        if done >= 1:
+    config = parse_flags(TrainConfig, {"demo": {}, "paper": PRESETS["paper"] | dict(lr=1e-4, workers=8)})
+
+    # ---- distributed and seed
+    device, rank, world = trainer.init_distributed(config.seed)
+    state_path = trainer.check_out(config, "ecg_encoder")
+
+    # ---- data and model
+    train = RandomWindows(Clips(config.data, "train"), 1, config.samples, clean_ecg, config.batch * world,
+                          config.seed, len(LEADS) * config.samples // config.patch)
+    raw = MaskedAutoencoder(trainer.model_config(config, EcgConfig)).to(device)
+    if rank == 0:
+        print(f"{config}\n{parameter_count(raw):.2f}M parameters, {len(train.clips)} clips, {device} x {world}")
+
+    # ---- optimizer, EMA, resume, DDP
+    optimizer = torch.optim.AdamW(raw.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay,
+                                  fused=True)
+    ema, step, seconds = copy.deepcopy(raw).eval(), 0, 0.0
+    if config.resume:
+        step, seconds = trainer.load_state(state_path, raw, ema, optimizer)
+    model = DistributedDataParallel(raw) if dist.is_initialized() else raw
+
+    # ---- loop
+    log, loader = trainer.Log(config, "ecg_encoder", rank), \
+        batches(train, config.batch, step, rank, world, config.workers)
+    log.bar.update(step)
+    began, results = time.time() - seconds, {}
+    for step in count(step):
+        seconds = time.time() - began
+        done, optimizer.param_groups[0]["lr"] = trainer.schedule(config, step, seconds)
+        finished = trainer.all_mean({"done": done}, device)["done"] >= 1
+        if rank == 0 and step > 0 and (finished or step % config.save_every == 0):
+            trainer.save_weights(config.out, "ecg_encoder", ema.encoder, step)
+            trainer.save_state(state_path, raw, ema, optimizer, step, seconds)
+        if finished:
             break
-        loss = model(batch["ecg"].to(device), batch["leads"].to(device), generator)
-        optimizer.zero_grad()
+        batch = {k: v.to(device, non_blocking=True) for k, v in next(loader).items()}
+        loss = model(batch["ecg"], batch["leads"], batch["noise"])
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        trainer.clip_gradient(config, raw, step, batch, state_path)
         optimizer.step()
+        optimizer.zero_grad()
         if step % 10 == 0:
-            trainer.ema_update(ema, model, min(0.98, step / (step + 100)))
-        if step % 50 == 0:
-            log.bar.set_postfix(log.write(step, loss=loss.item(), steps_per_s=log.rate(step)))
+            trainer.ema_update(ema, raw, min(config.ema, step / (step + 100)))
+        if step % config.log_every == 0:
+            results = log.write(step, **trainer.all_mean({"loss": loss}, device), steps_per_s=log.rate(step))
+            log.bar.set_postfix(results)
         log.bar.update()
+
+    # ---- teardown
     log.bar.close()
-    trainer.save_weights(config.out, "ecg_encoder", ema.encoder, step)
-    print(f"{config.out}/ecg_encoder.pt: {step} steps, loss {loss.item():.4f}")
+    if rank == 0:
+        print(f"{config.out}/ecg_encoder.pt: {step} steps, {seconds / 60:.1f} minutes, {results}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

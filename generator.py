@@ -139,16 +139,17 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def propose(self, index, masked, cond, guidance, temperature, rng):
-        """Draw every token from its own distribution: (B, N) tokens and their log-probability."""
+        """Draw every token from its own distribution: (B, T', h, w)."""
+        shape = index.shape
         if guidance != 1:       # one batch of 2 B: with the ECG, and with the null context
             cond = Condition(*(x if k == "leads" else torch.cat([x, x]) for k, x in cond._asdict().items()))
             cond.drop[len(index):] = True
             index, masked = torch.cat([index, index]), torch.cat([masked, masked])
         x = self.features(index, masked, cond)
-        low, low_p = draw(guide(self.to_low(x).float(), guidance), temperature, rng)
+        low = draw(guide(self.to_low(x).float(), guidance), temperature, rng)
         both = low if guidance == 1 else torch.cat([low, low])
-        high, high_p = draw(guide(self.high_logits(x, both).float(), guidance), temperature, rng)
-        return low + (high << self.low_bits), low_p + high_p
+        high = draw(guide(self.high_logits(x, both).float(), guidance), temperature, rng)
+        return (low + (high << self.low_bits)).reshape(shape)
 
 
 def guide(logits, scale):
@@ -168,10 +169,9 @@ def uniform(shape, rng):
 
 
 def draw(logits, temperature, rng):
-    """One draw from softmax(logits / temperature) by Gumbel's trick: index and log-probability (B, N)."""
+    """One draw from softmax(logits / temperature) by Gumbel's trick: (B, N, K) -> index (B, N)."""
     gumbel = -(-uniform(logits.shape, rng).log()).log().to(logits.device)
-    index = (logits / max(temperature, 1e-4) + gumbel).argmax(-1)
-    return index, logits.log_softmax(-1).gather(-1, index[..., None])[..., 0]
+    return (logits / max(temperature, 1e-4) + gumbel).argmax(-1)
 
 
 def masked_share(u):
@@ -180,22 +180,20 @@ def masked_share(u):
 
 
 @torch.no_grad()
-def fill_in(generator, index, masked, cond, steps=8, guidance=1.0, temperature=1.0, noise=1.0, rng=None):
-    """Masked parallel decoding (MaskGIT, Chang et al. 2022): fill the masked places of index (B, T', h, w).
+def fill_in(generator, index, masked, cond, steps=8, guidance=1.0, temperature=1.0, rng=None):
+    """Masked parallel decoding (Chang et al. 2022) in random order: fills the masked places (B, T', h, w).
 
-    Each step draws all masked tokens and keeps the surest; `noise` scales the annealed Gumbel noise on the
-    confidence. masked must hold equally many True in every item. Tokens that are not masked never change.
+    Each step draws all masked tokens and keeps those whose turn it is. The order does not look at the draws:
+    MaskGIT's own, the surest first, prefers dark tokens, and the picture fades. masked must hold equally many
+    True in every item. Tokens that are not masked never change.
     """
-    shape, total = index.shape, int(masked[0].sum())
+    total = int(masked[0].sum())
+    order = uniform(index.shape, rng).to(index.device).masked_fill(~masked, 2)      # the known come last
+    turn = order.flatten(1).argsort(1).argsort(1).reshape(index.shape)
     for step in range(steps):
-        drawn, score = generator.propose(index, masked, cond, guidance, temperature, rng)
-        index = torch.where(masked, drawn.reshape(shape), index)
-        left = int(total * masked_share((step + 1) / steps))        # 0 after the last step
-        gumbel = -(-uniform(score.shape, rng).log()).log().to(score.device)
-        score = score + noise * (1 - (step + 1) / steps) * gumbel
-        score = score.masked_fill(~masked.flatten(1), math.inf)
-        rank = score.argsort(1).argsort(1)                                                  # B N
-        masked = (rank < left).reshape(shape)
+        drawn = generator.propose(index, masked, cond, guidance, temperature, rng)
+        index = torch.where(masked, drawn, index)
+        masked = turn < int(total * masked_share((step + 1) / steps))               # none after the last step
     return index
 
 

@@ -34,7 +34,7 @@ TINY = dict(dim=32, heads=2, mlp_dim=64)
 SMALL = {"tokenizer": TINY | dict(depth_space=1, depth_time=1), "ecg_encoder": TINY | dict(depth=1),
          "generator": TINY | dict(depth=1, ecg_dim=32)}
 TOKENIZER = "tokenizer", Tokenizer, TokenizerConfig
-TRAINERS = {"tokenizer": train_tokenizer, "generator": train_generator}
+TRAINERS = {"tokenizer": train_tokenizer, "ecg_encoder": ecg_encoder, "generator": train_generator}
 rng = lambda seed=0: torch.Generator().manual_seed(seed)
 torch.set_num_threads(2)
 
@@ -193,6 +193,15 @@ def test_masks():
     assert torch.allclose(share, masked_share(noise[:, 1]), atol=0.01)
 
 
+def test_prefixes_are_as_sampling_has_them(tiny):
+    """Training on prefixes cleaner than sampling's own, which fades; or other tokens changed with them."""
+    index = tiny.tokenizer.encode(torch.rand(4, 1, 11, 64, 64))
+    again = tiny.tokenizer.encode(tiny.tokenizer.decode(index))
+    found = train_generator.as_sampled(tiny.tokenizer, index, torch.tensor([0, 1, 2, 5]))
+    assert torch.equal(found[:2], index[:2]) and not torch.equal(again, index)
+    assert all(torch.equal(found[i], torch.cat([again[i, :n], index[i, n:]])) for i, n in ((2, 2), (3, 5)))
+
+
 def test_generator_overfits_one_batch(tiny):
     """Logits that do not reach the loss, or a target that is not the token itself."""
     torch.nn.init.zeros_(tiny.generator.local_out.weight)                        # as training starts
@@ -234,7 +243,7 @@ def weights(phantom, tmp_path_factory):
     """A folder of tiny weights of all stages, each by the smallest real run of its script."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
     for stage in SMALL:
-        call(TRAINERS.get(stage, ecg_encoder).main, *train_flags(stage, phantom, out, out), "--steps=4")
+        call(TRAINERS[stage].main, *train_flags(stage, phantom, out, out), "--steps=4")
     assert call(evaluate.main, "segmenter", f"--data={phantom}", f"--out={out}", "--steps=4") == 0
     return out
 
@@ -251,7 +260,7 @@ def test_resumed_equals_uninterrupted(stage, phantom, weights, tmp_path, monkeyp
     def train(name, *extra, stop=None):
         monkeypatch.setattr(TRAINERS[stage], "batches", lambda *args: islice(batches(*args), stop))
         call(TRAINERS[stage].main, *train_flags(stage, phantom, weights, tmp_path / name), "--steps=6",
-             "--log_every=1", "--eval_every=99", "--save_every=3", *extra)
+             "--log_every=1", "--save_every=3", *extra)
     train("whole")
     with pytest.raises(StopIteration):                          # a crash two steps after the last save
         train("cut", stop=5)
@@ -264,9 +273,10 @@ def test_resumed_equals_uninterrupted(stage, phantom, weights, tmp_path, monkeyp
 @pytest.mark.parametrize("stage", TRAINERS)
 def test_two_ranks_equal_one_process(stage, phantom, weights, tmp_path):
     """Entropy or masked mean not over all ranks, the same data on both ranks, or gradients not averaged."""
-    flags = ["--steps=4", "--bf16=0", "--warmup=1"] + ["--entropy_weight=1"] * (stage == "tokenizer")
+    flags = ["--steps=4", "--warmup=1", *{"tokenizer": ["--bf16=0", "--entropy_weight=1"],
+                                          "generator": ["--bf16=0"]}.get(stage, [])]
     call(TRAINERS[stage].main, *train_flags(stage, phantom, weights, tmp_path / "one"), *flags)
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"train_{stage}.py",
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TRAINERS[stage].__file__,
         *train_flags(stage, phantom, weights, tmp_path / "two"), *flags, "--batch=2")
     (losses, one), (halves, two) = (result(tmp_path / name, stage) for name in ("one", "two"))
     a, b = (torch.cat([v.flatten().float() for v in state["model"].values()]) for state in (one, two))
@@ -275,7 +285,7 @@ def test_two_ranks_equal_one_process(stage, phantom, weights, tmp_path):
 
 def test_checkpoint_cut_in_half_is_refused(weights, tmp_path):
     """A damaged or foreign file of weights that ends in a traceback."""
-    whole, foreign = ((weights / f"{stage}.pt").read_bytes() for stage in TRAINERS)
+    whole, foreign = ((weights / f"{stage}.pt").read_bytes() for stage in ("tokenizer", "generator"))
     for content, reason in ((whole[:len(whole) // 2], "damaged"), (foreign, "holds no tokenizer")):
         (tmp_path / "tokenizer.pt").write_bytes(content)
         refused(reason, train_tokenizer.load_weights, tmp_path, *TOKENIZER)
@@ -392,6 +402,17 @@ def test_clean_ecg():
     assert clean_ecg(1e-3 * np.random.default_rng(0).standard_normal((1, 2500))).std() < 0.1
 
 
+def test_redrawn_ecg_keeps_its_beats():
+    """An augmentation that moves or hides the QRS complex: the generator would learn a wrong delay."""
+    e = make_ecg(0, 20, hr=70)
+    clean, beats = clean_ecg(e.ecg.T[1:2]), (e.r_peaks[1:-1, None] * 250 + np.arange(-75, 76)).astype(int)
+    for seed in range(40):
+        x = ecg_encoder.redraw_ecg(clean, np.random.default_rng(seed), share=1)
+        steepest = np.abs(np.gradient(x[0]))[beats].argmax(1) - 75
+        assert np.abs(steepest).max() <= 0.06 * 250 and np.abs(x - clean).max() > 0.1
+    assert ecg_encoder.redraw_ecg(clean, np.random.default_rng(0), share=0) is clean
+
+
 def test_ecg_encoder():
     """Leads mixed up, SEP left in the output, or masked patches that reach the autoencoder's encoder."""
     config, leads = EcgConfig(**SMALL["ecg_encoder"]), torch.tensor([0, 1])
@@ -399,7 +420,7 @@ def test_ecg_encoder():
     z, flipped = encoder(ecg, leads), encoder(ecg.flip(1), leads.flip(0))
     assert z.shape == (2, 2, 8, 32) and torch.allclose(z, flipped.flip(1), atol=1e-5)
     assert not torch.allclose(z, encoder(ecg, torch.tensor([0, 2])), atol=1e-3)
-    x, keep, mask = model.forward_encoder(ecg, leads, rng())
+    x, keep, mask = model.forward_encoder(ecg, leads, torch.rand(2, 96))
     assert x.shape == (2, 2, 2 + 2, 32) and mask.float().mean() == 0.75
     hidden = torch.where(mask.repeat_interleave(75, 2), torch.randn_like(ecg), ecg)
     assert torch.equal(x, model.encoder.encode(hidden, leads, keep))

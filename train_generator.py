@@ -20,12 +20,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import generator
-from data.clips import Clips, RandomWindows, UserError, batches, parse_flags, run_main
+from data.clips import Clips, RandomWindows, batches, parse_flags, run_main
 from ecg_encoder import EcgConfig, EcgEncoder, clean_ecg, redraw_ecg
 from generator import Generator, GeneratorConfig, check_fits, condition, masked_share
 from tokenizer import Tokenizer, TokenizerConfig, parameter_count
-from train_tokenizer import (Log, all_mean, check_out, ema_update, init_distributed, load_weights,
-                             model_config, read_file, save_atomic, save_weights, schedule)
+from train_tokenizer import (Log, all_mean, check_out, clip_gradient, ema_update, init_distributed, load_state,
+                             load_weights, model_config, save_state, save_weights, schedule)
 
 
 @dataclass
@@ -163,10 +163,7 @@ def main():
     # ---- resume
     step, seconds = 0, 0.0
     if config.resume:
-        saved = read_file(state_path)
-        raw.load_state_dict(saved["model"]), ema.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step, seconds = saved["step"], saved["seconds"]
+        step, seconds = load_state(state_path, raw, ema, optimizer)
 
     # ---- compile and DDP
     model = torch.compile(raw) if config.compile else raw
@@ -191,8 +188,7 @@ def main():
         if rank == 0 and step > 0 and (finished or step % config.save_every == 0):
             save_weights(config.out, "generator", ema.generator, step)
             save_weights(config.out, "ecg_encoder", ema.ecg_encoder, step)
-            save_atomic({"model": raw.state_dict(), "ema": ema.state_dict(),
-                         "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}, state_path)
+            save_state(state_path, raw, ema, optimizer, step, seconds)
         if finished:
             break
 
@@ -205,10 +201,7 @@ def main():
             loss = masked_mean(model(index, masked, batch, batch["noise"][:, -1] < config.drop_ecg), masked)
         (loss / config.accumulate).backward()
         if (step + 1) % config.accumulate == 0:
-            norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), config.clip_norm)
-            if not torch.isfinite(norm):
-                raise UserError(f"step {step}: loss or gradient is not finite, "
-                                f"clips {batch['clip'].tolist()}; {state_path} keeps the last good state")
+            clip_gradient(config, raw, step, batch, state_path)
             optimizer.step()
             optimizer.zero_grad()
         if step % 10 == 0:

@@ -124,6 +124,20 @@ def save_weights(folder, stage, model, step):
                  "commit": commit()}, Path(folder) / f"{stage}.pt")
 
 
+def save_state(path, model, ema, optimizer, step, seconds):
+    """All that --resume needs; a random draw needs no state, it is a function of (seed, item number)."""
+    save_atomic({"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                 "step": step, "seconds": seconds}, path)
+
+
+def load_state(path, model, ema, optimizer):
+    """Back into the three; returns step and seconds."""
+    saved = read_file(path)
+    for name, part in (("model", model), ("ema", ema), ("optimizer", optimizer)):
+        part.load_state_dict(saved[name])
+    return saved["step"], saved["seconds"]
+
+
 def pack(source, target):
     """Copy the weights of a folder in half precision, as weights/ is shipped."""
     Path(target).mkdir(exist_ok=True)
@@ -182,6 +196,14 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         return values
+
+
+def clip_gradient(config, model, step, batch, state_path):
+    """Clip the gradient's norm; where it is not finite, stop and name the clips."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+    if not torch.isfinite(norm):
+        raise UserError(f"step {step}: loss or gradient is not finite, clips {batch['clip'].tolist()}; "
+                        f"{state_path} keeps the last good state")
 
 
 def check_out(config, stage):
@@ -244,10 +266,7 @@ def main():
     # ---- resume
     step, seconds = 0, 0.0
     if config.resume:
-        saved = read_file(state_path)
-        raw.load_state_dict(saved["model"]), ema.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step, seconds = saved["step"], saved["seconds"]
+        step, seconds = load_state(state_path, raw, ema, optimizer)
 
     # ---- compile and DDP
     model = torch.compile(raw) if config.compile else raw
@@ -271,8 +290,7 @@ def main():
             results = log.write(step, **evaluate(ema, val, config.batch, device, rank, world))
         if rank == 0 and step > 0 and (finished or step % config.save_every == 0):
             save_weights(config.out, "tokenizer", ema, step)
-            save_atomic({"model": raw.state_dict(), "ema": ema.state_dict(),
-                         "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}, state_path)
+            save_state(state_path, raw, ema, optimizer, step, seconds)
         if finished:
             break
 
@@ -283,10 +301,7 @@ def main():
             loss, parts, index = losses_of(config, model, video, done)
         (loss / config.accumulate).backward()
         if (step + 1) % config.accumulate == 0:
-            norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), config.clip_norm)
-            if not torch.isfinite(norm):
-                raise UserError(f"step {step}: loss or gradient is not finite, "
-                                f"clips {batch['clip'].tolist()}; {state_path} keeps the last good state")
+            clip_gradient(config, raw, step, batch, state_path)
             optimizer.step()
             optimizer.zero_grad()
         if step % 10 == 0:
