@@ -20,8 +20,9 @@ import evaluate
 import sample
 import train_generator
 import train_tokenizer
-from data.clips import (LEADS, Clips, RandomWindows, UserError, Writer, batches, cut_ecg, field_comments,
-                        parse_flags)
+from data import echonet_dynamic, webvid
+from data.clips import (LEADS, Clips, RandomWindows, UserError, batches, cut_ecg, field_comments, parse_flags,
+                        prepare)
 from data.phantom import make_clip, make_ecg
 from ecg_encoder import EcgConfig, EcgEncoder, MaskedAutoencoder, clean_ecg, find_r_peaks, read_ecg
 from generator import Generator, GeneratorConfig, condition, fill_in, guide, masked_share, stream_video
@@ -317,16 +318,85 @@ def test_damaged_set_is_refused(phantom, tmp_path):
     refused("no split 'other'", Clips, copy, "other")
     refused("video.npy: damaged", Clips, copy, "val")
     refused("column 'frames' is missing", Clips, copy, "test")
-    refused("exists already", Writer, phantom, {})
+    refused("exists already", prepare, phantom, {}, {}, numbered)
 
 
-def test_shards_are_one_split(tmp_path):
-    """Clips of the second shard read from the first."""
-    with Writer(tmp_path / "set", {"leads": []}) as writer:
-        for i in range(6):
-            writer.add(f"train-0000{i // 3}", video=np.full((4, 8, 8, 1), i), id=f"clip {i}", fps=25)
+def numbered(i):
+    """A clip that shows its own number; 4 cannot be made, and 6 takes the process with it, once."""
+    if i == 4:
+        raise UserError("clip 4: damaged")
+    if i == 6 and not os.environ.get("GO_ON"):
+        raise MemoryError
+    return dict(id=f"clip {i}", video=np.full((4, 8, 8, 1), i), fps=25)
+
+
+def test_prepare_goes_on_after_a_crash(tmp_path, monkeypatch, capfd):
+    """A set half-written, a clip twice or lost after a crash, shards read wrongly, a bad file that ends all."""
+    out, make = tmp_path / "set", lambda command: prepare(out, {"leads": [], "command": command},
+                                                          {"train": range(8), "val": [9]}, numbered, 2, shard=3)
+    with pytest.raises(MemoryError):
+        make("a")
+    assert not out.exists() and (made := tmp_path / "set.part/train-00000/video.npy").exists()
+    refused("another command", make, "b")
+    before = made.stat().st_mtime_ns
+    monkeypatch.setenv("GO_ON", "1")
+    make("a")
+    train, val = Clips(out, "train"), Clips(out, "val")
+    assert [train.per_frame("video", i).max() for i in range(7)] == [0, 1, 2, 3, 5, 6, 7] and len(val) == 1
+    assert (out / "train-00000/video.npy").stat().st_mtime_ns == before and train[3]["id"] == "clip 3"
+    assert (out / "train-00001/skipped.txt").read_text() == "clip 4: damaged\n" and "clip 4" in capfd.readouterr().err
+
+
+@pytest.fixture(scope="session")
+def echonet(tmp_path_factory):
+    """EchoNet-Dynamic's layout: five videos, of which one is cut short, one missing and one of EF 120."""
+    src = tmp_path_factory.mktemp("echonet")
+    (src / "Videos").mkdir()
+    table = ["FileName,EF,ESV,EDV,FrameHeight,FrameWidth,FPS,NumberOfFrames,Split"]
+    for i, split in enumerate(("TRAIN", "VAL", "TEST", "TRAIN", "TRAIN", "TRAIN")):
+        clip, name = make_clip((5, i), frames=20, rhythm="sinus"), f"0X{i}"
+        table.append(f"{name},{120 if i == 3 else clip['ef']},40,90,64,64,50,{30 if i == 4 else 20},{split}")
+        if i != 5:
+            imageio.mimwrite(src / f"Videos/{name}.avi", clip["video"].repeat(3, 3), fps=50, codec="mjpeg",
+                             quality=10, macro_block_size=8)
+    (src / "FileList.csv").write_text("\n".join(table) + "\n")
+    return src
+
+
+def test_echonet_dynamic(echonet, tmp_path):
+    """Frames lost or scrambled between AVI and set, splits mixed up, a damaged file that ends all."""
+    run("-m", "data.echonet_dynamic", f"--src={echonet}", f"--out={tmp_path / 'set'}", "--size=64")
+    for i, split in enumerate(("train", "val", "test")):
+        clips, true = Clips(tmp_path / "set", split), make_clip((5, i), frames=20, rhythm="sinus")
+        assert len(clips) == 1 and clips[0]["id"] == f"0X{i}" and clips[0]["fps"] == 50
+        assert clips[0]["ef"] == pytest.approx(true["ef"])
+        found = clips.per_frame("video", 0).astype(float)
+        assert found.shape == (20, 64, 64, 1) and np.abs(found - true["video"]).mean() < 4
+    skipped = (tmp_path / "set/train/skipped.txt").read_text()
+    assert all(reason in skipped for reason in ("EF 120", "0X4.avi: 20 frames", "0X5.avi: no such file"))
+    refused("No such", call, echonet_dynamic.main, f"--src={tmp_path}", "--out=x")
+    (tmp_path / "FileList.csv").write_text("FileName,EF\n0X1,50\n")
+    refused("no column ESV", call, echonet_dynamic.main, f"--src={tmp_path}", "--out=x")
+
+
+def test_webvid(echonet, tmp_path):
+    """A video read at another rate, size or colour than asked for; its caption lost; a text file decoded."""
+    src, flags = tmp_path / "src", [f"--src={tmp_path / 'src'}", f"--out={tmp_path / 'set'}", "--size=32", "--val=0", "--test=0"]
+    (src / "000").mkdir(parents=True)
+    shutil.copy(echonet / "Videos/0X0.avi", src / "000/7.mp4")
+    (src / "000/8.mp4").write_text("no video")
+    (tmp_path / "list.csv").write_text("videoid,page_dir,name\n7,000,A heart\n8,000,Text\n9,000,Missing\n")
+    call(webvid.main, *flags, f"--csv={tmp_path / 'list.csv'}", "--fps=25", "--least=8", "--frames=9")
     clips = Clips(tmp_path / "set", "train")
-    assert [clips.per_frame("video", i).max() for i in range(6)] == [*range(6)] and clips[4]["id"] == "clip 4"
+    assert len(clips) == 1 and (clips[0]["text"], clips[0]["fps"]) == ("A heart", 25)
+    assert clips.per_frame("video", 0).shape == (9, 32, 32, 3)      # of 20 frames at 50 fps
+    skipped = (tmp_path / "set/train/skipped.txt").read_text()
+    assert "8.mp4: not read as a video" in skipped and "9.mp4: no such file" in skipped
+    shutil.rmtree(tmp_path / "set")
+    call(webvid.main, *flags, "--fps=0", "--channels=1")
+    assert Clips(tmp_path / "set", "train").per_frame("video", 0).shape == (20, 32, 32, 1)
+    (empty := tmp_path / "empty").mkdir()
+    refused("no video file", call, webvid.main, f"--src={empty}", "--out=x")
 
 
 def test_phantom(phantom):

@@ -21,13 +21,16 @@ import re
 import shutil
 import sys
 from dataclasses import fields
+from functools import partial
 from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
 from typing import get_type_hints
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 ECG_HZ = 250
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
@@ -108,67 +111,108 @@ def parse_flags(config, presets=None, argv=None):
 
 # ---------------------------------------------------------------------------- writing
 
+ARRAYS = {"video": np.uint8, "ecg": np.float32, "mask": np.uint8, "volume": np.float32}
+
+
 class Writer:
-    """Write a prepared set clip by clip into OUT.part, renamed to OUT when it is whole.
+    """Write a SPLIT folder clip by clip, as FOLDER.part, renamed by close() when it is whole.
 
-    with Writer(out, meta) as w: w.add("val", video=(T, H, W, C) uint8, ecg=(N, L) mV, ecg_offset_s=..., ...)
+    add(video=(T, H, W, C) uint8, ecg=(N, L) mV, id=..., fps=..., ecg_offset_s=..., ...): the arrays of ARRAYS
+    (video required), any other key is a column of clips.csv.
     """
-    ARRAYS = {"video": np.uint8, "ecg": np.float32, "mask": np.uint8, "volume": np.float32}
 
-    def __init__(self, out, meta):
-        self.out, self.part = Path(out), Path(f"{out}.part")
-        if self.out.exists():
-            raise UserError(f"{out} exists already; remove it or choose another --out")
+    def __init__(self, folder):
+        self.folder, self.part = Path(folder), Path(f"{folder}.part")
         shutil.rmtree(self.part, ignore_errors=True)
-        self.meta = meta | {"ecg_hz": ECG_HZ}
-        self.files, self.shapes, self.rows = {}, {}, {}
+        self.part.mkdir(parents=True)
+        self.files, self.shapes, self.rows = {}, {}, []
 
-    def add(self, split, **clip):
-        """Append a clip: arrays named in ARRAYS (video required), any other key is a column of clips.csv."""
-        (self.part / split).mkdir(parents=True, exist_ok=True)
-        starts = {name: self.append(split, name, clip.pop(name)) for name in self.ARRAYS
-                  if clip.get(name) is not None}
+    def add(self, **clip):
+        starts = {name: self.append(name, clip.pop(name)) for name in ARRAYS if clip.get(name) is not None}
         row = {"start": starts["video"][0], "frames": starts["video"][1]} | clip
         if "ecg" in starts:
             row |= {"ecg_start": starts["ecg"][0], "ecg_samples": starts["ecg"][1]}
-        self.rows.setdefault(split, []).append(row)
+        self.rows.append(row)
 
-    def append(self, split, name, array):
-        """Append to SPLIT/NAME.npy; returns (first row, number of rows)."""
-        key, array = (split, name), np.ascontiguousarray(array, self.ARRAYS[name])
-        if key not in self.files:
-            self.files[key] = open(self.part / split / f"{name}.npy", "wb")
-            self.shapes[key] = [0, *array.shape[1:]]
-            self.header(key)
-        start = self.shapes[key][0]
-        self.shapes[key][0] += len(array)
-        self.files[key].write(array.data)
+    def append(self, name, array):
+        """Append to NAME.npy; returns (first row, number of rows)."""
+        array = np.ascontiguousarray(array, ARRAYS[name])
+        if name not in self.files:
+            self.files[name] = open(self.part / f"{name}.npy", "wb")
+            self.shapes[name] = [0, *array.shape[1:]]
+            self.header(name)
+        start = self.shapes[name][0]
+        self.shapes[name][0] += len(array)
+        self.files[name].write(array.data)
         return start, len(array)
 
-    def header(self, key):
+    def header(self, name):
         """numpy leaves room in the header for the first axis to grow, so it can be rewritten at the end."""
-        descr = np.lib.format.dtype_to_descr(np.dtype(self.ARRAYS[key[1]]))
-        np.lib.format.write_array_header_1_0(self.files[key], {"descr": descr, "fortran_order": False,
-                                                               "shape": tuple(self.shapes[key])})
+        descr = np.lib.format.dtype_to_descr(np.dtype(ARRAYS[name]))
+        np.lib.format.write_array_header_1_0(self.files[name], {"descr": descr, "fortran_order": False,
+                                                                "shape": tuple(self.shapes[name])})
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, error, *_):
-        for key, file in self.files.items():
+    def close(self):
+        for name, file in self.files.items():
             file.seek(0)
-            self.header(key)
+            self.header(name)
             file.close()
-        if error:
-            shutil.rmtree(self.part, ignore_errors=True)
-            return
-        for split, rows in self.rows.items():
-            with open(self.part / split / "clips.csv", "w", newline="") as file:
-                table = csv.DictWriter(file, COLUMNS, restval="")
-                table.writeheader()
-                table.writerows(rows)
-        (self.part / "meta.json").write_text(json.dumps(self.meta, indent=1) + "\n")
-        os.rename(self.part, self.out)
+        with open(self.part / "clips.csv", "w", newline="") as file:
+            table = csv.DictWriter(file, COLUMNS, restval="")
+            table.writeheader()
+            table.writerows(self.rows)
+        os.rename(self.part, self.folder)
+
+
+def attempt(make, job):
+    """make(job), or the UserError that says why there is no such clip."""
+    try:
+        return make(job)
+    except UserError as error:
+        return error
+
+
+def prepare(out, meta, jobs, make, workers=0, shard=2000):
+    """Write the prepared set OUT: the clip make(job) (what Writer.add takes) of every job, jobs = {split: list}.
+
+    Works in parallel with a progress bar, on OUT.part, renamed when whole. A split of more than `shard` clips
+    becomes several folders; after a crash the same command goes on behind the last whole one. A job that
+    raises UserError is left out and listed in skipped.txt beside the clips.
+    """
+    out, part, meta = Path(out), Path(f"{out}.part"), meta | {"ecg_hz": ECG_HZ}
+    if out.exists():
+        raise UserError(f"{out} exists already; remove it or choose another --out")
+    about = json.dumps(meta, indent=1) + "\n"
+    part.mkdir(parents=True, exist_ok=True)
+    if (part / "meta.json").exists() and (part / "meta.json").read_text() != about:
+        raise UserError(f"{part} was begun by another command; remove it or choose another --out")
+    (part / "meta.json").write_text(about)
+    shards = {f"{split}-{k // shard:05d}" if len(todo) > shard else split: todo[k:k + shard]
+              for split, todo in jobs.items() for k in range(0, len(todo), shard)}
+    os.environ |= {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}     # for the workers
+    bar = tqdm(total=sum(map(len, shards.values())), unit="clip")
+    with get_context("spawn").Pool(workers or os.cpu_count()) as pool, bar:
+        for name, todo in shards.items():
+            if (part / name).exists():
+                bar.update(len(todo))
+                continue
+            writer, skipped = Writer(part / name), []
+            for clip in pool.imap(partial(attempt, make), todo, chunksize=4):
+                skipped.append(str(clip)) if isinstance(clip, UserError) else writer.add(**clip)
+                bar.update()
+            if skipped:
+                (writer.part / "skipped.txt").write_text("\n".join(skipped) + "\n")
+            writer.close()
+    skipped = [line for file in sorted(part.glob("*/skipped.txt")) for line in file.read_text().splitlines()]
+    for name in [name for name in shards if not (part / name / "video.npy").exists()]:
+        shutil.rmtree(part / name)          # a shard without a clip
+    if not any(part.glob("*/video.npy")):
+        shutil.rmtree(part)
+        raise UserError(f"no clip could be made; the first reason: {skipped[0] if skipped else 'no jobs'}")
+    os.rename(part, out)
+    if skipped:
+        print(f"{len(skipped)} left out, listed in {out}/SPLIT/skipped.txt; the first: {skipped[0]}",
+              file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------- reading
@@ -179,7 +223,7 @@ class Shard:
     def __init__(self, folder, meta):
         self.folder, self.meta = folder, meta
         self.columns = self.read_table(folder / "clips.csv")
-        self.arrays = {name: self.open(name) for name in Writer.ARRAYS if (folder / f"{name}.npy").exists()}
+        self.arrays = {name: self.open(name) for name in ARRAYS if (folder / f"{name}.npy").exists()}
         if "video" not in self.arrays:
             raise UserError(f"{folder}/video.npy is missing: the set is not whole, write it again")
 
@@ -210,9 +254,9 @@ class Shard:
             raise UserError(f"{path}: damaged ({error}); write the set again") from None
         start, length = ("ecg_start", "ecg_samples") if name == "ecg" else ("start", "frames")
         end = max(s + n for s, n in zip(columns[start], columns[length]))
-        if end > len(array) or array.dtype != Writer.ARRAYS[name]:
+        if end > len(array) or array.dtype != ARRAYS[name]:
             raise UserError(f"{path}: {array.dtype} {array.shape}, but clips.csv asks for {end} rows of "
-                            f"{np.dtype(Writer.ARRAYS[name])}; the set is damaged, write it again")
+                            f"{np.dtype(ARRAYS[name])}; the set is damaged, write it again")
         return array
 
 

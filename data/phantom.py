@@ -17,16 +17,14 @@ import os
 import sys
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from types import SimpleNamespace
 
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 from scipy.sparse import csr_matrix
 from scipy.spatial.transform import Rotation
-from tqdm import tqdm
 
-from data.clips import ECG_HZ, LEADS, UserError, Writer, parse_flags, run_main
+from data.clips import ECG_HZ, LEADS, UserError, parse_flags, prepare, run_main
 
 
 @dataclass
@@ -312,7 +310,7 @@ def render(rng, a, size, pitch, z, db, swirl, fps, noise):
 # ---------------------------------------------------------------------------- one clip, and the set
 
 def make_clip(seed, size=64, frames=64, fps=25.0, hr=None, ef=None, rhythm=None, noise=1.0):
-    """One clip as the arguments of Writer.add; hr, ef, rhythm (a key of RHYTHMS) and noise can be fixed.
+    """One clip as Writer.add takes it; hr, ef, rhythm (a key of RHYTHMS) and noise can be fixed.
 
     video (T, H, W, 1) uint8, mask (T, H, W) uint8, volume (T,) ml, ecg (N, 12) mV from 1 s before the first
     frame to 1 s after the last. seed: a whole number or a tuple of them.
@@ -348,6 +346,10 @@ def make_clip(seed, size=64, frames=64, fps=25.0, hr=None, ef=None, rhythm=None,
                        edv_ml=round(a.edv, 2), esv_ml=round(a.edv * (1 - e.ef / 100), 2))
 
 
+def numbered_clip(job, **how):
+    return {"id": job[0]} | make_clip(job[1], **how)
+
+
 def main():
     cfg = parse_flags(PhantomConfig)
     print(cfg)
@@ -357,13 +359,9 @@ def main():
     meta = dict(name=os.path.basename(cfg.out.rstrip("/")), fps=cfg.fps, height=cfg.size, width=cfg.size,
                 channels=1, leads=LEADS, source="phantom", command=" ".join(["data.phantom", *sys.argv[1:]]))
     # The split is part of the seed, so no clip of one split can be in another
-    jobs = [(split, i, (cfg.seed, s, i)) for s, (split, n) in enumerate(counts.items()) for i in range(n)]
-    os.environ |= {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}     # for the workers
-    one = partial(make_clip, size=cfg.size, frames=cfg.frames, fps=cfg.fps)
-    with Writer(cfg.out, meta) as writer, get_context("spawn").Pool(cfg.workers or os.cpu_count()) as pool:
-        clips = tqdm(pool.imap(one, [seed for _, _, seed in jobs], chunksize=4), total=len(jobs), unit="clip")
-        for (split, i, _), clip in zip(jobs, clips):
-            writer.add(split, id=f"{split}{i:06d}", **clip)
+    jobs = {split: [(f"{split}{i:06d}", (cfg.seed, s, i)) for i in range(n)]
+            for s, (split, n) in enumerate(counts.items())}
+    prepare(cfg.out, meta, jobs, partial(numbered_clip, size=cfg.size, frames=cfg.frames, fps=cfg.fps), cfg.workers)
 
 
 if __name__ == "__main__":
