@@ -96,9 +96,12 @@ def as_sampled(tokenizer, index, known):
 
     Without it each window would take the small losses of the one before for the truth, and add its own.
     """
-    again = tokenizer.encode(tokenizer.decode(index))
-    frame = torch.arange(index.shape[1], device=index.device)
-    prefix = (frame < known[:, None]) & (known[:, None] > 1)                                # B T
+    frame, prefixed = torch.arange(index.shape[1], device=index.device), known > 1
+    if not prefixed.any():
+        return index
+    again = index.clone()
+    again[prefixed] = tokenizer.encode(tokenizer.decode(index[prefixed]))
+    prefix = (frame < known[:, None]) & prefixed[:, None]                                   # B T
     return torch.where(prefix[..., None, None], again, index)
 
 
@@ -194,10 +197,10 @@ def main():
 
         # accumulate, clip, step, EMA
         batch = {k: v.to(device, non_blocking=True) for k, v in next(loader).items()}
-        index = tokenizer.encode(batch["video"])                                            # B T' h w
-        masked, known = choose_masked(config, batch["noise"], T, N)
-        index, masked = as_sampled(tokenizer, index, known), masked.reshape(index.shape)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            index = tokenizer.encode(batch["video"])                                        # B T' h w
+            masked, known = choose_masked(config, batch["noise"], T, N)
+            index, masked = as_sampled(tokenizer, index, known), masked.reshape(index.shape)
             loss = masked_mean(model(index, masked, batch, batch["noise"][:, -1] < config.drop_ecg), masked)
         (loss / config.accumulate).backward()
         if (step + 1) % config.accumulate == 0:
