@@ -395,9 +395,9 @@ def main():
     # ---- optimizer, EMA, resume, DDP
     optimizer = torch.optim.AdamW(raw.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay,
                                   fused=True)
-    ema, step, seconds = copy.deepcopy(raw).eval(), 0, 0.0
-    if config.resume:
-        step, seconds = trainer.load_state(state_path, raw, ema, optimizer)
+    ema = copy.deepcopy(raw).eval()
+    parts = {"model": raw, "ema": ema, "optimizer": optimizer}
+    step, seconds = trainer.load_state(state_path, parts) if config.resume else (0, 0.0)
     model = DistributedDataParallel(raw) if dist.is_initialized() else raw
 
     # ---- loop
@@ -407,23 +407,21 @@ def main():
     began, results = time.time() - seconds, {}
     for step in count(step):
         seconds = time.time() - began
-        done, optimizer.param_groups[0]["lr"] = trainer.schedule(config, step, seconds)
-        finished = trainer.all_mean({"done": done}, device)["done"] >= 1
-        if rank == 0 and step > 0 and (finished or step % config.save_every == 0):
+        done, lr = trainer.schedule(config, step, seconds, device)
+        if rank == 0 and step > 0 and (done >= 1 or step % config.save_every == 0):
             trainer.save_weights(config.out, "ecg_encoder", ema.encoder, step)
-            trainer.save_state(state_path, raw, ema, optimizer, step, seconds)
-        if finished:
+            trainer.save_state(state_path, parts, step, seconds)
+        if done >= 1:
             break
-        batch = {k: v.to(device, non_blocking=True) for k, v in next(loader).items()}
+        batch = {k: v.to(device, non_blocking=True) for k, v in log.wait(loader).items()}
         loss = model(batch["ecg"], batch["leads"], batch["noise"])
         loss.backward()
-        trainer.clip_gradient(config, raw, step, batch, state_path)
-        optimizer.step()
-        optimizer.zero_grad()
+        trainer.update(config, raw, optimizer, lr, step, batch, state_path)
         if step % 10 == 0:
             trainer.ema_update(ema, raw, min(config.ema, step / (step + 100)))
         if step % config.log_every == 0:
-            results = log.write(step, **trainer.all_mean({"loss": loss}, device), steps_per_s=log.rate(step))
+            results = log.write(step, **trainer.all_mean({"loss": loss}, device),
+                                **log.rate(step, config, world))
             log.bar.set_postfix(results)
         log.bar.update()
 

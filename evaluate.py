@@ -21,6 +21,7 @@ from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
+import imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,11 +30,12 @@ from scipy.signal import find_peaks, savgol_filter
 from torch import nn
 from tqdm import tqdm
 
-from data.clips import ECG_HZ, LEADS, Clips, UserError, cut_ecg, parse_flags, parse_value, run_main
+from data.clips import (ECG_HZ, LEADS, Clips, UserError, as_video, cut_ecg, parse_flags, parse_value,
+                        run_main)
 from ecg_encoder import EcgConfig, EcgEncoder, clean_ecg, find_r_peaks
 from generator import Generator, GeneratorConfig, check_fits, stream_video
-from tokenizer import Tokenizer, TokenizerConfig, parameter_count, patchify
-from train_tokenizer import Log, commit, init_distributed, load_weights, save_weights, schedule
+from tokenizer import Tokenizer, TokenizerConfig, code_use, index_counts, parameter_count, patchify
+from train_tokenizer import COMMIT, Log, init_distributed, load_weights, save_weights, schedule
 
 
 @dataclass
@@ -59,14 +61,15 @@ class EvalConfig:
 # The figures of each mode; the best value of each, where it is not 0, gives its --target_KEY a direction
 EF = "ef_r2 ef_mae ef_rmse ef_r2_true ef_mae_true ef_rmse_true"
 FIGURES = {"segmenter": f"dice {EF} clips",
-           "reconstruction": "mse mae psnr ssim codes_used codebook_perplexity rd_bound_mse windows clips",
+           "reconstruction": "mse mae psnr ssim sharpness codes_used codebook_perplexity sector_perplexity "
+                             "rd_bound_mse windows clips",
            "ef": f"{EF} clips clips_excluded",
            "sync": "area_r_median area_r_mean ed_error_ms_median ed_error_ms_p95 beats_found extra_beats "
                    "ed_error_ms_median_video beats_found_video shift_ms flat_swing flat_drift "
                    f"swap_follows_donor swap_r_donor swap_r_own swing drift {EF} clips clips_excluded"}
 BEST = {"shift_ms": 200}
-BEST |= dict.fromkeys("psnr codes_used codebook_perplexity windows clips".split(), math.inf)
-BEST |= dict.fromkeys("dice ssim ef_r2 ef_r2_true area_r_median area_r_mean beats_found beats_found_video "
+BEST |= dict.fromkeys("psnr codes_used codebook_perplexity sector_perplexity windows clips".split(), math.inf)
+BEST |= dict.fromkeys("dice ssim sharpness ef_r2 ef_r2_true area_r_median area_r_mean beats_found beats_found_video "
                       "flat_drift swap_follows_donor swap_r_donor swing drift".split(), 1)
 
 
@@ -265,23 +268,18 @@ def ratio(a, b):
 
 # ---------------------------------------------------------------------------- reading the set
 
-def as_video(frames):
-    """(T, H, W, C) uint8 -> (C, T, H, W) in [0, 1]."""
-    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 255
-
-
 def chosen(clips, num, seed):
     """Numbers of `num` clips, drawn by the seed; all where num is 0."""
     return sorted(np.random.default_rng(seed).permutation(len(clips))[:num or None].tolist())
 
 
-def windows(clips, numbers, frames):
-    """Each clip cut into consecutive windows: yields (windows, C, frames, H, W)."""
+def windows(clips, numbers, frames, channels):
+    """Each clip cut into consecutive windows: yields (windows, channels, frames, H, W)."""
     lengths = {i: clips[i]["frames"] // frames for i in numbers}
     if not any(lengths.values()):
         raise UserError(f"no clip of the set has the {frames} frames of one window")
     for i in tqdm([i for i in numbers if lengths[i]], desc="windows"):
-        video = as_video(clips.per_frame("video", i, 0, lengths[i] * frames))               # C T H W
+        video = as_video(clips.per_frame("video", i, 0, lengths[i] * frames), channels)     # C T H W
         yield video.unflatten(1, (-1, frames)).transpose(0, 1)
 
 
@@ -349,23 +347,42 @@ def patch_covariance(videos, p_t, p):
     return (outer / many - torch.outer(total, total) / many ** 2).numpy()
 
 
+def in_sector(video, index, p):
+    """Tokens (B, T', h, w) bool of places that are not black in all of their window (B, C, T, H, W)."""
+    bright = F.max_pool2d(video.amax((1, 2))[:, None], p) > 0.05                            # B 1 h w
+    return bright.expand_as(index)
+
+
+def edge_energy(x):
+    """Sum of the squared differences of neighbouring pixels of frames (B, C, H, W)."""
+    return x.diff(dim=-1).square().sum() + x.diff(dim=-2).square().sum()
+
+
 @torch.no_grad()
 def reconstruction(config, device):
-    """Consecutive windows through the tokenizer; means over frames, codes of all tokens."""
+    """Consecutive windows through the tokenizer; means over frames, codes of all tokens. Writes
+    OUT/eval_reconstruction.png: frames of eight clips above their reconstructions."""
     tokenizer = load_weights(config.weights, "tokenizer", Tokenizer, TokenizerConfig).eval().to(device)
     c, clips, train = tokenizer.config, Clips(config.data, config.split), Clips(config.data, "train")
-    numbers, scores, used = chosen(clips, config.num, config.seed), [], torch.zeros(2 ** c.bits)
-    for whole in windows(clips, numbers, c.frames):
+    numbers, scores, edges, picture = chosen(clips, config.num, config.seed), [], 0, []
+    used, inside = torch.zeros(2, 2 ** c.bits)
+    for whole in windows(clips, numbers, c.frames, c.channels):
         for video in whole.to(device).split(config.batch):
             index = tokenizer.encode(video)
-            used += torch.bincount(index.flatten(), minlength=len(used)).cpu()
+            used += index_counts(index, c.bits).cpu()
+            inside += index_counts(index[in_sector(video, index, c.patch)], c.bits).cpu()
             x, y = (v.transpose(1, 2).flatten(0, 1) for v in (video, tokenizer.decode(index)))  # BT C H W
             mse, mae = (x - y).square().mean((1, 2, 3)), (x - y).abs().mean((1, 2, 3))
             scores.append(torch.stack([mse, mae, -10 * mse.clamp(min=1e-10).log10(), ssim(x, y)]).cpu())
-    scores, share = torch.cat(scores, dim=1), used[used > 0] / used.sum()                   # 4 BT
-    patches = windows(train, chosen(train, BOUND_CLIPS, config.seed), c.frames)
-    return {**dict(zip(("mse", "mae", "psnr", "ssim"), scores.mean(1).tolist())), "codes_used": len(share),
-            "codebook_perplexity": (-share * share.log()).sum().exp().item(),
+            edges = edges + torch.stack([edge_energy(x), edge_energy(y)])
+        picture.append(torch.cat([x[c.frames // 2], y[c.frames // 2]], dim=1).cpu())        # C 2H W
+    rows = torch.cat(picture[:8], dim=2).expand(3, -1, -1).permute(1, 2, 0)
+    imageio.imwrite(Path(config.out) / "eval_reconstruction.png", (rows * 255).byte().numpy())
+    scores, codes = torch.cat(scores, dim=1), code_use(used)                                # 4 BT
+    patches = windows(train, chosen(train, BOUND_CLIPS, config.seed), c.frames, c.channels)
+    return {**dict(zip(("mse", "mae", "psnr", "ssim"), scores.mean(1).tolist())),
+            "sharpness": (edges[1] / edges[0]).item(), "codes_used": codes["codes"],
+            "codebook_perplexity": codes["perplexity"], "sector_perplexity": code_use(inside)["perplexity"],
             "rd_bound_mse": rate_distortion_bound(patch_covariance(patches, c.patch_t, c.patch), c.bits),
             "windows": scores.shape[1] // c.frames, "clips": len(numbers)}
 
@@ -587,7 +604,7 @@ def main():
         print(f"  {key:<26}{'-' if value is None else f'{value:.5g}':>12}{target}")
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     about = asdict(config) | figures
-    about |= {"device": gpu, "commit": commit(), "seconds": round(time.time() - began, 1)}
+    about |= {"device": gpu, "commit": COMMIT, "seconds": round(time.time() - began, 1)}
     (Path(config.out) / f"eval_{mode}.json").write_text(json.dumps(about, indent=1) + "\n")
     missed = [key for key in targets if falls_short(key, figures[key], targets[key])]
     for key in missed:

@@ -21,12 +21,13 @@ import sample
 import train_generator
 import train_tokenizer
 from data import echonet_dynamic, webvid
-from data.clips import (LEADS, Clips, RandomWindows, UserError, batches, cut_ecg, field_comments, parse_flags,
-                        prepare)
+from data.clips import (LEADS, Clips, RandomWindows, UserError, as_video, batches, cut_ecg, field_comments,
+                        parse_flags, prepare, vary_video)
 from data.phantom import make_clip, make_ecg
 from ecg_encoder import EcgConfig, EcgEncoder, MaskedAutoencoder, clean_ecg, find_r_peaks, read_ecg
 from generator import Generator, GeneratorConfig, condition, fill_in, guide, masked_share, stream_video
-from tokenizer import LFQ, Tokenizer, TokenizerConfig, bits_to_index, index_to_bits, joint, patchify
+from tokenizer import (LFQ, Tokenizer, TokenizerConfig, adapters, add_lora, bits_to_index, index_to_bits, joint,
+                       merge, patchify)
 
 HERE = Path(__file__).parent
 WATCH = HERE.parent / "shared/real/ecg/apple_watch_digitized.csv"
@@ -102,10 +103,25 @@ def test_joint_of_bits_is_in_index_order():
 
 def test_entropy_equals_brute_force():
     """The factorised entropies drift from the softmax over all codes that they stand for."""
-    z = torch.randn(50, 6)
-    found, p = LFQ(4, 6).entropies(z), (2 * z @ index_to_bits(torch.arange(64), 6).T).softmax(1)    # N 2^6
-    assert torch.allclose(found["entropy_sample"], -(p * p.log()).sum(1).mean(), atol=1e-4)
-    assert torch.allclose(found["entropy_batch"], -(p.mean(0) * p.mean(0).log()).sum(), atol=1e-4)
+    z = torch.randn(50, 13)
+    found, p = LFQ(4, 13).entropies(z), (2 * z @ index_to_bits(torch.arange(8192), 13).T).softmax(1)  # N 2^13
+    assert torch.allclose(found["entropy_sample"], -torch.special.xlogy(p, p).sum(1).mean(), atol=1e-4)
+    assert torch.allclose(found["entropy_batch"], torch.special.entr(p.mean(0)).sum(), atol=1e-4)
+
+
+@pytest.mark.parametrize("setting", [dict(bits=10), dict(bits=17), dict(bits=18, channels=3), dict(size=48),
+                                     dict(frames=7, patch_t=3), dict(frames=1), dict(patch=16, channels=3)])
+def test_other_sizes(setting):
+    """A size, codebook or length that is a setting on paper only; a video of another size that is squeezed in."""
+    c = TokenizerConfig(**SMALL["tokenizer"] | setting)
+    model, video = Tokenizer(c), torch.rand(2, c.channels, c.frames, c.size, c.size)
+    reconstruction, index, losses = model(video)
+    assert reconstruction.shape == video.shape and index.shape == (2, model.latent_frames, *[c.size // c.patch] * 2)
+    assert index.max() < 2 ** c.bits and torch.equal(model.encode(video), index)
+    assert torch.allclose(model.decode(index), reconstruction.clamp(0, 1), atol=1e-5)
+    assert 0 < losses["entropy_batch"] < c.bits * np.log(2)
+    refused("the video has", model.encode, torch.rand(2, 4 - c.channels, c.frames, c.size, c.size))
+    refused("the video has", model.encode, torch.rand(2, c.channels, c.frames, c.size, c.size + 8))
 
 
 def test_patchify_cuts_the_right_pixels():
@@ -131,10 +147,73 @@ def test_tokenizer_overfits_one_batch(tiny):
     """A broken straight-through gradient or decoder: the loss of one batch would stay."""
     config = train_tokenizer.TrainConfig(**SMALL["tokenizer"])
     video = torch.nn.functional.interpolate(torch.rand(2, 1, 3, 8, 8), (3, 64, 64))
-    losses = lambda: train_tokenizer.losses_of(config, tiny.tokenizer, video, 0)
-    before = losses()[1]["mse"].item()
-    overfit(tiny.tokenizer, lambda: losses()[0], 100, 3e-3)
-    assert losses()[1]["mse"] < 0.1 * before
+    def loss():
+        reconstruction, _, lfq = tiny.tokenizer(video)
+        errors.append((reconstruction - video).square().mean().item())
+        return train_tokenizer.reconstruction_loss(config, video, reconstruction, None, None)[0] \
+            + train_tokenizer.quantization_loss(config, lfq, 0)
+    errors = []
+    overfit(tiny.tokenizer, loss, 100, 3e-3)
+    assert errors[-1] < 0.1 * errors[0]
+
+
+def test_lora(tiny):
+    """An adapter that changes the model before it has learned, trains its base too, or is lost in merging."""
+    model, video = tiny.tokenizer, torch.rand(1, 1, 11, 64, 64)
+    before, names = model(video)[0], model.state_dict().keys()
+    add_lora(model, rank=4)
+    assert torch.equal(model(video)[0], before)
+    assert all(n.endswith((".up", ".down")) == p.requires_grad for n, p in model.named_parameters())
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, std=0.05) if p.requires_grad else None
+    adapted = model(video)[0]
+    assert not torch.allclose(adapted, before, atol=1e-2)
+    assert merge(model).state_dict().keys() == names and torch.allclose(model(video)[0], adapted, atol=1e-5)
+    demo = adapters(add_lora(Tokenizer(TokenizerConfig()), rank=16))
+    assert 4 * sum(x.numel() for x in demo.values()) < 2e6                          # bytes
+
+
+def test_discriminator(tiny):
+    """A discriminator blind to the order of frames; Eq. 6 that does not level the two gradients."""
+    video = torch.rand(2, 1, 11, 64, 64)
+    judge, model = train_tokenizer.Discriminator(1), tiny.tokenizer
+    assert not torch.allclose(judge(video).mean(), judge(video.flip(2)).mean(), atol=1e-5)
+    config, reconstruction = train_tokenizer.TrainConfig(gan_weight=1), model(video)[0]
+    loss = 50 * (reconstruction - video).square().mean()
+    adversarial, parts = train_tokenizer.adversarial_loss(config, judge, reconstruction, loss, model)
+    last = [*model.first_pixels.parameters(), *model.rest_pixels.parameters()]
+    size = [torch.cat([g.flatten() for g in torch.autograd.grad(x, last, retain_graph=True)]).norm()
+            for x in (loss, adversarial)]
+    assert torch.allclose(*size, rtol=1e-3) and parts["adaptive_weight"] != 1
+    with torch.no_grad():
+        judge.layers[-1].bias += 1
+    better = train_tokenizer.adversarial_loss(config, judge, reconstruction, loss, model)[1]["adversarial"]
+    assert better < parts["adversarial"] and not parts["adaptive_weight"].requires_grad
+    hinge = train_tokenizer.discriminator_loss(config, judge, video, reconstruction)[1]
+    assert hinge["verdict_real"] < 2 and judge.mean_verdict.abs().min() > 0         # LeCAM's averages move
+
+
+def test_perceptual_loss(tmp_path):
+    """Random weights under the name of VGG16, a layer left out, or frames that are compared with themselves."""
+    inputs, file, numbers = [3, 64, 64, 128, 128, 256, 256, 256] + [512] * 6, tmp_path / "vgg16.pth", [
+        0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]                             # torchvision's own
+    saved = {f"features.{n}.{k}": v for n, a, b in zip(numbers, inputs, inputs[1:])
+             for k, v in (("weight", torch.randn(b, a, 3, 3) / (4 * a) ** 0.5), ("bias", torch.zeros(b)))}
+    torch.save(saved | {"classifier.0.bias": torch.zeros(4)}, file)
+    vgg16, x = train_tokenizer.VGG16(str(file)), torch.rand(2, 1, 32, 32, requires_grad=True)
+    assert [f.shape[1:3] for f in vgg16(x)] == [(64, 32), (128, 16), (256, 8), (512, 4), (512, 2)]
+    assert vgg16.distance(x, x) == 0 and vgg16.distance(x, torch.rand_like(x)) > 0.1
+    vgg16.distance(x, torch.rand_like(x)).backward()
+    assert x.grad.abs().min() > 0 and all(p.grad is None for p in vgg16.parameters())
+    video, frame = torch.rand(2, 1, 3, 32, 32), torch.tensor([0, 2])
+    other = video.clone()
+    other[0, :, 0] = other[1, :, 2] = 0.5
+    config = train_tokenizer.TrainConfig()
+    loss = lambda f: train_tokenizer.reconstruction_loss(config, video, other, vgg16, f)[1]["perceptual"]
+    assert loss(frame) > 0.1 and loss(frame.flip(0)) == 0
+    torch.save({"features.0.bias": torch.zeros(64)}, file)
+    for path in (file, tmp_path / "missing.pth"):
+        refused("--vgg16=", train_tokenizer.VGG16, str(path))
 
 
 # ---------------------------------------------------------------------------- generator
@@ -255,16 +334,21 @@ def result(out, stage):
     return {x["step"]: x["loss"] for x in lines if "loss" in x}, torch.load(out / f"{stage}_state.pt")
 
 
+ADVERSARIAL = ["--gan_weight=1", "--gan_warmup=0.3", "--lecam_weight=1"]
+
+
 @pytest.mark.parametrize("stage", TRAINERS)
 def test_resumed_equals_uninterrupted(stage, phantom, weights, tmp_path, monkeypatch):
     """State that --resume forgets (optimizer, EMA, place in the data): later losses differ in a last bit."""
+    more = {"tokenizer": [*ADVERSARIAL, "--accumulate=2"], "generator": ["--accumulate=2"]}.get(stage, [])
+
     def train(name, *extra, stop=None):
         monkeypatch.setattr(TRAINERS[stage], "batches", lambda *args: islice(batches(*args), stop))
         call(TRAINERS[stage].main, *train_flags(stage, phantom, weights, tmp_path / name), "--steps=6",
-             "--log_every=1", "--save_every=3", *extra)
+             "--log_every=1", "--save_every=3", "--batch=2", *more, *extra)
     train("whole")
     with pytest.raises(StopIteration):                          # a crash two steps after the last save
-        train("cut", stop=5)
+        train("cut", stop=9 if more else 5)
     train("cut", "--resume")
     (losses, a), (resumed, b) = (result(tmp_path / name, stage) for name in ("whole", "cut"))
     assert losses == resumed and len(losses) == a["step"] == b["step"] == 6
@@ -274,7 +358,7 @@ def test_resumed_equals_uninterrupted(stage, phantom, weights, tmp_path, monkeyp
 @pytest.mark.parametrize("stage", TRAINERS)
 def test_two_ranks_equal_one_process(stage, phantom, weights, tmp_path):
     """Entropy or masked mean not over all ranks, the same data on both ranks, or gradients not averaged."""
-    flags = ["--steps=4", "--warmup=1", *{"tokenizer": ["--bf16=0", "--entropy_weight=1"],
+    flags = ["--steps=4", "--warmup=1", *{"tokenizer": ["--bf16=0", "--entropy_weight=1", *ADVERSARIAL],
                                           "generator": ["--bf16=0"]}.get(stage, [])]
     call(TRAINERS[stage].main, *train_flags(stage, phantom, weights, tmp_path / "one"), *flags)
     run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TRAINERS[stage].__file__,
@@ -282,6 +366,28 @@ def test_two_ranks_equal_one_process(stage, phantom, weights, tmp_path):
     (losses, one), (halves, two) = (result(tmp_path / name, stage) for name in ("one", "two"))
     a, b = (torch.cat([v.flatten().float() for v in state["model"].values()]) for state in (one, two))
     assert (a - b).norm() < 1e-3 * a.norm() and halves[0] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_domain_transfer(phantom, weights, tmp_path, capfd):
+    """Adapters that do not give the merged weights; a decoder trained alone whose encoder moves with it."""
+    def train(name, *flags):
+        call(train_tokenizer.main, *train_flags("tokenizer", phantom, "", tmp_path / name), "--steps=3",
+             f"--init_from={weights}", "--warmup=1", *flags)
+        return torch.load(tmp_path / name / "tokenizer.pt")
+    base, merged = torch.load(weights / "tokenizer.pt")["model"], train("lora", "--lora_rank=2")
+    saved, model = torch.load(tmp_path / "lora/tokenizer_lora.pt"), Tokenizer(TokenizerConfig(**SMALL["tokenizer"]))
+    model.load_state_dict(base)
+    add_lora(model, saved["rank"]).load_state_dict(saved["model"], strict=False)
+    assert all(torch.allclose(merge(model).state_dict()[k], v, atol=1e-6) for k, v in merged["model"].items())
+    assert any(not torch.equal(base[k], v) for k, v in merged["model"].items())
+    after = train("decoder", "--decoder_only", *ADVERSARIAL)
+    kept = {k for k in base if torch.equal(base[k], after["model"][k])}
+    assert kept == {k for k in base if re.match("embed|place|encode|lfq.project_in", k)}
+    assert after["losses"] == "mse commitment entropy adversarial" and "no perceptual loss" in capfd.readouterr().out
+    refused("pass --init_from", call, train_tokenizer.main, f"--data={phantom}", f"--out={tmp_path / 'x'}", "--lora_rank=2")
+    refused("not finite; last batch: train00", train, "nan", "--mse_weight=1e38")
+    refused("the video has 1 x 11 x 64 x 64", call, train_tokenizer.main, f"--data={phantom}", f"--out={tmp_path / 'y'}",
+            "--size=96")
 
 
 def test_checkpoint_cut_in_half_is_refused(weights, tmp_path):
@@ -307,6 +413,12 @@ def test_prepared_set(phantom):
     first = round((item["ecg_start"] + start / 25 - row["ecg_offset_s"]) * 250)
     assert np.array_equal(item["ecg"][0].numpy(), cut_ecg(clips.ecg(i), first, 600)[item["leads"][0]])
     assert item["ecg_start"] < 0 < item["ecg_start"] + 600 / 250 - 10 / 25         # what lies around it, too
+    colour = RandomWindows(clips, 11, seed=3, channels=3)[5]["video"]              # grey and colour are one
+    assert colour.shape == (3, 11, 64, 64) and torch.equal(colour[2], item["video"][0])
+    varied = RandomWindows(clips, 11, seed=3, vary_video=vary_video)[5]["video"]
+    assert varied.shape == item["video"].shape and not torch.allclose(varied, item["video"], atol=0.1)
+    assert varied.std() == pytest.approx(item["video"].std().item(), rel=0.3)
+    assert torch.allclose(as_video(np.uint8([[[[0, 51, 102]]]]), 1), torch.tensor(0.2))
 
 
 def test_damaged_set_is_refused(phantom, tmp_path):
@@ -578,7 +690,7 @@ def test_readme_is_true():
     assert all((HERE / name).exists() for name in re.findall(r"(?:data/)?\w+\.py\b", readme))
     for name in re.findall(r"`(\w+\.(?!py`)[\w.]+)`", "".join(re.findall(r"^\|.*", readme, re.M))):
         resolve_name(name)
-    for equation in (2, 4, 7, 8):
+    for equation in range(2, 9):
         assert any(f"# Eq. {equation}" in path.read_text() for path in HERE.glob("*.py")), equation
 
 
@@ -616,7 +728,7 @@ def test_shipped_tokens_and_size():
     """Weights that no longer fit the code: the tokens of a clip of the phantom, as they were when shipped."""
     assert sum(f.stat().st_size for f in (HERE / "weights").iterdir()) < 16 * 2 ** 20
     model = train_tokenizer.load_weights(HERE / "weights", *TOKENIZER).eval()
-    video = evaluate.as_video(make_clip((0, 2, 0), frames=11)["video"])[None]
+    video = as_video(make_clip((0, 2, 0), frames=11)["video"])[None]
     index = model.encode(video)
     assert index[0, 3, 3].tolist() == GOLDEN and (model.decode(index) - video).square().mean() < 0.01
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
 from data.clips import UserError, parse_flags, run_main
 
@@ -106,9 +107,44 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def parameter_count(model):
-    """Parameters in millions."""
-    return sum(p.numel() for p in model.parameters()) / 1e6
+def parameter_count(model, trained=False):
+    """Parameters, or those that are trained, in millions."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained) / 1e6
+
+
+# ---------------------------------------------------------------------------- low-rank adaptation
+
+class LowRank(nn.Module):
+    """LoRA (Hu et al. 2022) of one weight: W + up down, of rank r. up starts at zero and changes nothing."""
+
+    def __init__(self, weight, rank):
+        super().__init__()
+        rows, columns = weight.flatten(1).shape
+        self.up = nn.Parameter(torch.zeros(rows, rank))
+        self.down = nn.Parameter(torch.randn(rank, columns) / columns ** 0.5)
+
+    def forward(self, weight):
+        return weight + (self.up @ self.down).reshape(weight.shape)
+
+
+def add_lora(model, rank):
+    """Freeze a model and adapt each of its linear layers, Unpatch among them: only `up` and `down` train."""
+    model.requires_grad_(False)
+    for layer in [m for m in model.modules() if isinstance(m, (nn.Linear, nn.ConvTranspose2d))]:
+        parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank))
+    return model
+
+
+def adapters(model):
+    """State dict of the adapters alone; load_state_dict(..., strict=False) puts it back after add_lora."""
+    return {name: x for name, x in model.state_dict().items() if name.endswith((".0.up", ".0.down"))}
+
+
+def merge(model):
+    """Fold the adapters into plain weights, in place."""
+    for layer in [m for m in model.modules() if parametrize.is_parametrized(m)]:
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    return model.requires_grad_(True)
 
 
 # ---------------------------------------------------------------------------- lookup-free quantization
@@ -121,6 +157,17 @@ def index_to_bits(index, bits):
 def bits_to_index(z):
     """(..., bits) -> int64 (...): the sum over i of 2^i [z_i > 0]."""
     return ((z > 0) << torch.arange(z.shape[-1], device=z.device)).sum(-1)
+
+
+def index_counts(index, bits):
+    """How often each of the 2^bits codes stands in index (...), float (2^bits,)."""
+    return torch.bincount(index.flatten(), minlength=2 ** bits).float()
+
+
+def code_use(counts):
+    """How often each code was drawn (2^bits,) -> {"codes": how many were, "perplexity": e^entropy}."""
+    share = counts[counts > 0] / counts.sum()
+    return {"codes": len(share), "perplexity": (-share * share.log()).sum().exp().item()}
 
 
 def joint(p):
@@ -143,10 +190,15 @@ class LFQ(nn.Module):
         self.bits = bits
         self.project_in, self.project_out = nn.Linear(dim, bits), nn.Linear(bits, dim)
 
+    def project(self, h):
+        """h (..., dim) -> z (..., bits), in float32 also under autocast."""
+        with torch.autocast(h.device.type, enabled=False):
+            return self.project_in(F.layer_norm(h.float(), h.shape[-1:]))
+
     def forward(self, h):
         """h (..., dim) -> h quantised, index (...), {"commitment", "entropy_sample", "entropy_batch"}."""
+        z = self.project(h)
         with torch.autocast(h.device.type, enabled=False):
-            z = self.project_in(F.layer_norm(h.float(), h.shape[-1:]))                      # ... bits
             code = torch.where(z > 0, 1.0, -1.0)
             losses = {"commitment": F.mse_loss(z, code), **self.entropies(z.flatten(0, -2))}  # Eq. 4
             straight = z + (code - z).detach()              # the gradient passes the sign untouched
@@ -187,14 +239,14 @@ class Unpatch(nn.Module):
 
     def __init__(self, config, p_t):
         super().__init__()
-        p, self.p_t = config.patch, p_t
+        p, self.p_t, self.channels = config.patch, p_t, config.channels
         self.to_pixels = nn.ConvTranspose2d(config.dim, config.channels * p_t, 2 * p,
                                             stride=p, padding=p // 2)
 
     def forward(self, h, grid):
         B, T, N, D = h.shape
         x = self.to_pixels(h.reshape(B * T, grid, grid, D).permute(0, 3, 1, 2))             # BT C*p_t H W
-        x = x.reshape(B, T, -1, self.p_t, *x.shape[-2:]).permute(0, 2, 1, 3, 4, 5)          # B C T p_t H W
+        x = x.reshape(B, T, self.channels, self.p_t, *x.shape[-2:]).transpose(1, 2)         # B C T p_t H W
         return x.flatten(2, 3)
 
 
@@ -263,7 +315,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, video):
         """video (B, C, T+1, H, W) in [0, 1] -> index (B, T', h, w)."""
-        return self.lfq(self.embed(video))[1].unflatten(-1, (self.grid, self.grid))
+        return bits_to_index(self.lfq.project(self.embed(video))).unflatten(-1, (self.grid, self.grid))
 
     @torch.no_grad()
     def decode(self, index):

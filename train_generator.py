@@ -24,8 +24,8 @@ from data.clips import Clips, RandomWindows, batches, parse_flags, run_main
 from ecg_encoder import EcgConfig, EcgEncoder, clean_ecg, redraw_ecg
 from generator import Generator, GeneratorConfig, check_fits, condition, masked_share
 from tokenizer import Tokenizer, TokenizerConfig, parameter_count
-from train_tokenizer import (Log, all_mean, check_out, clip_gradient, ema_update, init_distributed, load_state,
-                             load_weights, model_config, save_state, save_weights, schedule)
+from train_tokenizer import (Log, all_mean, check_out, ema_update, init_distributed, load_state, load_weights,
+                             model_config, save_state, save_weights, schedule, update)
 
 
 @dataclass
@@ -38,7 +38,7 @@ class TrainConfig(GeneratorConfig):
     steps: int = 0                  # stop after so many steps; 0 = after --minutes
     minutes: float = 60             # stop after so many minutes of training
     batch: int = 8                  # clips of one step in one process
-    accumulate: int = 1             # steps whose gradients are added up before an update
+    accumulate: int = 1             # batches whose gradients are added up for one step
     lr: float = 1e-3                # peak learning rate of AdamW; linear warm-up, then cosine to a twentieth
     warmup: int = 300               # steps of warm-up
     weight_decay: float = 0.01      # of AdamW
@@ -146,7 +146,8 @@ def main():
     check_fits(config, tokenizer, encoder)
     T, N = tokenizer.latent_frames, tokenizer.grid ** 2
     train, val = (RandomWindows(Clips(config.data, split), tokenizer.config.frames, encoder.config.samples,
-                                clean_ecg, config.batch * world, config.seed, 4 + T * N, vary)
+                                clean_ecg, config.batch * world, config.seed, 4 + T * N, vary,
+                                tokenizer.config.channels)
                   for split, vary in (("train", partial(redraw_ecg, share=config.redraw_share)), ("val", None)))
 
     # ---- model
@@ -162,11 +163,10 @@ def main():
     optimizer = torch.optim.AdamW(raw.parameters(), lr=config.lr, betas=(0.9, 0.99),
                                   weight_decay=config.weight_decay, fused=True)
     ema = copy.deepcopy(raw).eval()
+    parts = {"model": raw, "ema": ema, "optimizer": optimizer}
 
     # ---- resume
-    step, seconds = 0, 0.0
-    if config.resume:
-        step, seconds = load_state(state_path, raw, ema, optimizer)
+    step, seconds = load_state(state_path, parts) if config.resume else (0, 0.0)
 
     # ---- compile and DDP
     model = torch.compile(raw) if config.compile else raw
@@ -175,46 +175,44 @@ def main():
 
     # ---- loop
     log, loader = Log(config, "generator", rank), \
-        batches(train, config.batch, step, rank, world, config.workers)
+        batches(train, config.batch, step * config.accumulate, rank, world, config.workers)
     log.bar.update(step)
     began, results = time.time() - seconds, {}
     for step in count(step):
         seconds = time.time() - began
-        done, lr = schedule(config, step, seconds)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        finished = all_mean({"done": done}, device)["done"] >= 1
+        done, lr = schedule(config, step, seconds, device)
 
         # evaluate and save
-        if step > 0 and (finished or step % config.eval_every == 0):
+        if step > 0 and (done >= 1 or step % config.eval_every == 0):
             results = log.write(step, **evaluate(ema, tokenizer, val, config, device, rank, world))
-        if rank == 0 and step > 0 and (finished or step % config.save_every == 0):
+        if rank == 0 and step > 0 and (done >= 1 or step % config.save_every == 0):
             save_weights(config.out, "generator", ema.generator, step)
             save_weights(config.out, "ecg_encoder", ema.ecg_encoder, step)
-            save_state(state_path, raw, ema, optimizer, step, seconds)
-        if finished:
+            save_state(state_path, parts, step, seconds)
+        if done >= 1:
             break
 
-        # accumulate, clip, step, EMA
-        batch = {k: v.to(device, non_blocking=True) for k, v in next(loader).items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            index = tokenizer.encode(batch["video"])                                        # B T' h w
-            masked, known = choose_masked(config, batch["noise"], T, N)
-            index, masked = as_sampled(tokenizer, index, known), masked.reshape(index.shape)
-            loss = masked_mean(model(index, masked, batch, batch["noise"][:, -1] < config.drop_ecg), masked)
-        (loss / config.accumulate).backward()
-        if (step + 1) % config.accumulate == 0:
-            clip_gradient(config, raw, step, batch, state_path)
-            optimizer.step()
-            optimizer.zero_grad()
+        # accumulate
+        for _ in range(config.accumulate):
+            batch = {k: v.to(device, non_blocking=True) for k, v in log.wait(loader).items()}
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                index = tokenizer.encode(batch["video"])                                    # B T' h w
+                masked, known = choose_masked(config, batch["noise"], T, N)
+                index, masked = as_sampled(tokenizer, index, known), masked.reshape(index.shape)
+                drop = batch["noise"][:, -1] < config.drop_ecg
+                loss = masked_mean(model(index, masked, batch, drop), masked)
+            (loss / config.accumulate).backward()
+
+        # clip, step, EMA
+        update(config, raw, optimizer, lr, step, batch, state_path)
         if step % 10 == 0:
             ema_update(ema, raw, min(config.ema, step / (step + 100)))
 
         # log
         if step % config.log_every == 0:
             values = all_mean({"loss": loss, "masked": masked.float().mean()}, device)
-            log.write(step, **values, lr=lr, seconds=seconds,
-                      clips_per_s=log.rate(step) * config.batch * world, leads=len(batch["leads"][0]))
+            log.write(step, **values, lr=lr, seconds=seconds, **log.rate(step, config, world),
+                      leads=len(batch["leads"][0]))
             log.bar.set_postfix({"loss": f"{values['loss']:.3f}", **results})
         log.bar.update()
 

@@ -1,10 +1,13 @@
-"""Train the video tokenizer (ECHOPulse section 3.1; Eq. 2 and 4, and the entropy loss of LFQ).
+"""Train the video tokenizer (ECHOPulse section 3.1; Eq. 2 to 6, and the entropy loss of LFQ).
 
     python train_tokenizer.py --data=datasets/phantom --out=runs/tokenizer                 # demo, CPU or GPU
     torchrun --nproc_per_node=8 train_tokenizer.py --preset=paper --data=datasets/NAME --out=runs/NAME
+    python train_tokenizer.py --init_from=runs/natural --lora_rank=16 --data=datasets/echo --out=runs/echo
 
 Reads windows of T+1 frames of a prepared set, writes OUT/tokenizer.pt (EMA weights), OUT/tokenizer_state.pt
-(all that --resume needs) and OUT/tokenizer.jsonl (a line a logged step). What trainers share is here once.
+(all that --resume needs) and OUT/tokenizer.jsonl (a line a logged step). With --lora_rank only low-rank
+adapters train (domain transfer): OUT/tokenizer_lora.pt has them alone, OUT/tokenizer.pt merged into the rest.
+With --vgg16 there is a perceptual loss, with --gan_weight a discriminator. What trainers share is here once.
 """
 import copy
 import json
@@ -13,17 +16,21 @@ import os
 import subprocess
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import tokenizer
-from data.clips import Clips, RandomWindows, UserError, batches, parse_flags, run_main
-from tokenizer import Tokenizer, TokenizerConfig, parameter_count
+from data.clips import Clips, RandomWindows, UserError, batches, parse_flags, run_main, vary_video
+from tokenizer import (Tokenizer, TokenizerConfig, adapters, add_lora, code_use, index_counts, merge,
+                       parameter_count)
 
 
 @dataclass
@@ -31,19 +38,29 @@ class TrainConfig(TokenizerConfig):
     data: str = "datasets/phantom"  # prepared data set
     out: str = "runs/tokenizer"     # folder for weights, state and log
     init_from: str = ""             # start from the weights in this folder
+    lora_rank: int = 0              # train adapters of this rank on those weights; 0 = train all weights
+    decoder_only: bool = False      # train the decoder alone: the tokens stay, and a generator of them
     resume: bool = False            # go on from OUT's saved state
     steps: int = 0                  # stop after so many steps; 0 = after --minutes
     minutes: float = 25             # stop after so many minutes of training
     batch: int = 8                  # clips of one step in one process
-    accumulate: int = 1             # steps whose gradients are added up before an update
+    accumulate: int = 1             # batches whose gradients are added up for one step
     lr: float = 1e-3                # peak learning rate of AdamW; linear warm-up, then cosine to a twentieth
     warmup: int = 200               # steps of warm-up
     weight_decay: float = 0.01      # of AdamW
     clip_norm: float = 1.0          # gradient norm is clipped here
     ema: float = 0.98               # EMA of the weights, every 10 steps
     mse_weight: float = 50.0        # Eq. 2
+    perceptual_weight: float = 1.0  # Eq. 3, where --vgg16 is given
+    vgg16: str = ""                 # torchvision's vgg16-397923af.pth, or hub to download it; empty = no Eq. 3
     commitment_weight: float = 0.25  # Eq. 4
     entropy_weight: float = 0.02    # LFQ entropy loss, falling to a tenth over the training
+    gan_weight: float = 0.0         # Eq. 5, times the adaptive weight of Eq. 6; 0 = no discriminator
+    gan_warmup: float = 0.3         # share of the training after which the discriminator comes in
+    gan_epsilon: float = 1e-6       # Eq. 6: keeps the adaptive weight finite
+    gan_cap: float = 1e4            # Eq. 6: and at most so large
+    lecam_weight: float = 0.01      # regularisation of the discriminator
+    augment: bool = False           # move, flip and brighten the windows at random, for a small set
     bf16: bool = True               # autocast to bfloat16
     compile: bool = False           # torch.compile
     workers: int = 0                # data loading processes
@@ -77,18 +94,25 @@ def init_distributed(seed):
     return device, rank, world
 
 
+def average(tensor):
+    """Mean over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
 def all_mean(values, device):
     """Mean over ranks of a dict of numbers."""
-    total = torch.stack([torch.as_tensor(v, device=device).detach().float() for v in values.values()])
-    if dist.is_initialized():
-        dist.all_reduce(total)
-        total /= dist.get_world_size()
-    return dict(zip(values, total.tolist()))
+    numbers = torch.stack([torch.as_tensor(v, device=device).detach().float() for v in values.values()])
+    return dict(zip(values, average(numbers).tolist()))
 
 
-def schedule(config, step, seconds):
-    """(share of the training that is done, learning rate)."""
+def schedule(config, step, seconds, device="cpu"):
+    """(share of the training that is done, learning rate), the same on all ranks."""
     done = step / config.steps if config.steps else seconds / 60 / config.minutes
+    if dist.is_initialized() and not config.steps:
+        done = all_mean({"done": done}, device)["done"]
     cosine = 0.05 + 0.95 * (1 + math.cos(math.pi * min(done, 1))) / 2
     return done, config.lr * cosine * min(1, (step + 1) / config.warmup)
 
@@ -118,22 +142,30 @@ def commit():
         return ""
 
 
-def save_weights(folder, stage, model, step):
-    """FOLDER/STAGE.pt: {"stage", "config", "model", "step", "commit"}."""
-    save_atomic({"stage": stage, "config": asdict(model.config), "model": model.state_dict(), "step": step,
-                 "commit": commit()}, Path(folder) / f"{stage}.pt")
+COMMIT = commit()       # of the code that runs, also where the checkout moves on meanwhile
 
 
-def save_state(path, model, ema, optimizer, step, seconds):
+def save_weights(folder, stage, model, step, state=None, **more):
+    """FOLDER/STAGE.pt: {"stage", "config", "model", "step", "commit"}, and what else is to be known."""
+    save_atomic({"stage": stage, "config": asdict(model.config), "model": state or model.state_dict(),
+                 "step": step, "commit": COMMIT, **more}, Path(folder) / f"{stage}.pt")
+
+
+def save_state(path, parts, step, seconds):
     """All that --resume needs; a random draw needs no state, it is a function of (seed, item number)."""
-    save_atomic({"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                 "step": step, "seconds": seconds}, path)
+    save_atomic({name: part.state_dict() for name, part in parts.items()}
+                | {"step": step, "seconds": seconds}, path)
 
 
-def load_state(path, model, ema, optimizer):
-    """Back into the three; returns step and seconds."""
+def load_state(path, parts):
+    """Back into the parts, {name: module or optimizer}; returns step and seconds, 0 where nothing is saved."""
+    if not path.exists():
+        print(f"{path}: nothing saved yet, starting from step 0")
+        return 0, 0.0
     saved = read_file(path)
-    for name, part in (("model", model), ("ema", ema), ("optimizer", optimizer)):
+    for name, part in parts.items():
+        if name not in saved:
+            raise UserError(f"{path} has no {name}: it was saved by a training with other flags")
         part.load_state_dict(saved[name])
     return saved["step"], saved["seconds"]
 
@@ -183,12 +215,21 @@ class Log:
         self.path = Path(config.out) / f"{stage}.jsonl"
         total = config.steps or None
         self.bar = tqdm(total=total, disable=not self.on, dynamic_ncols=True, mininterval=2)
-        self.last = None
+        self.last, self.waited = None, 0.0
 
-    def rate(self, step):
-        """Steps a second since the last call."""
-        last, self.last = self.last, (step, time.time())
-        return (step - last[0]) / (self.last[1] - last[1]) if last else 0.0
+    def wait(self, loader):
+        """The next batch; the time until it comes is counted."""
+        began = time.time()
+        batch = next(loader)
+        self.waited += time.time() - began
+        return batch
+
+    def rate(self, step, config, world):
+        """Since the last call: clips a second, and the share of the time spent waiting for data."""
+        (last, then), self.last = self.last or (step, 0), (step, time.time())
+        seconds, waited, self.waited = self.last[1] - then, self.waited, 0.0
+        return {"clips_per_s": (step - last) * config.batch * getattr(config, "accumulate", 1) * world / seconds,
+                "data_wait": waited / seconds}
 
     def write(self, step, **values):
         values = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
@@ -198,12 +239,17 @@ class Log:
         return values
 
 
-def clip_gradient(config, model, step, batch, state_path):
-    """Clip the gradient's norm; where it is not finite, stop and name the clips."""
+def update(config, model, optimizer, lr, step, batch, state_path):
+    """Clip the gradient's norm and step; where it is not finite, stop and name the clips."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     if not torch.isfinite(norm):
-        raise UserError(f"step {step}: loss or gradient is not finite, clips {batch['clip'].tolist()}; "
+        clips = Clips(config.data, "train")
+        raise UserError(f"step {step}: the loss or its gradient is not finite; last batch: "
+                        f"{' '.join(clips[i]['id'] for i in batch['clip'].tolist())}; "
                         f"{state_path} keeps the last good state")
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def check_out(config, stage):
@@ -215,27 +261,144 @@ def check_out(config, stage):
     return state
 
 
+# ---------------------------------------------------------------------------- losses of the tokenizer
+
+class VGG16(nn.Module):
+    """The convolutions of VGG16 (Simonyan and Zisserman 2015) under torchvision's names of the weights."""
+
+    WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)    # 0 = halve the size
+    FILE = "vgg16-397923af.pth"
+
+    def __init__(self, path):
+        super().__init__()
+        layers, inputs = [], 3
+        for width in self.WIDTHS:
+            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
+            inputs = width or inputs
+        self.features = nn.Sequential(*layers)
+        try:
+            saved = torch.hub.load_state_dict_from_url(f"https://download.pytorch.org/models/{self.FILE}",
+                                                       map_location="cpu", check_hash=True) \
+                if path == "hub" else read_file(path)
+            self.load_state_dict({k: v for k, v in saved.items() if k.startswith("features.")})
+        except (OSError, RuntimeError, AttributeError, UserError) as error:
+            raise UserError(f"--vgg16={path}: no VGG16 ({str(error).splitlines()[0]}); pass the path of "
+                            f"torchvision's {self.FILE}, or leave --vgg16 out: no perceptual loss") from None
+        self.requires_grad_(False).eval()
+        self.register_buffer("shift", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
+        self.register_buffer("scale", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+
+    def forward(self, x):
+        """x (B, C, H, W) in [0, 1] -> its features at the end of each of the five sizes."""
+        x, found = (x.expand(-1, 3, -1, -1) - self.shift) / self.scale, []
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
+                found.append(x)
+            x = layer(x)
+        return [*found, x]
+
+    def distance(self, x, y):
+        """Mean squared distance of the features, each of unit length over its channels as in LPIPS."""
+        both = zip(*([F.normalize(f.float(), dim=1) for f in self(z)] for z in (x, y)))
+        return sum((a - b).square().sum(1).mean() for a, b in both) / 5
+
+
+class Discriminator(nn.Module):
+    """Judges places of a video (B, C, T, H, W), real or not, by convolutions over space and time: it sees
+    motion. LeCAM (Tseng et al. 2021) keeps its verdicts near a moving average of the opposite ones."""
+
+    def __init__(self, channels, width=32):
+        super().__init__()
+        conv = partial(nn.Conv3d, kernel_size=(3, 4, 4), padding=1)
+        self.layers = nn.Sequential(
+            conv(channels, width, stride=(1, 2, 2)), nn.LeakyReLU(0.2),
+            conv(width, 2 * width, stride=2), nn.GroupNorm(8, 2 * width), nn.LeakyReLU(0.2),
+            conv(2 * width, 4 * width, stride=2), nn.GroupNorm(8, 4 * width), nn.LeakyReLU(0.2),
+            nn.Conv3d(4 * width, 1, 3, padding=1))
+        self.register_buffer("mean_verdict", torch.zeros(2))        # of real, of reconstructed
+
+    def forward(self, video):
+        return self.layers(2 * video - 1)
+
+    def lecam(self, real, fake):
+        loss = F.relu(real - self.mean_verdict[1]).square().mean() \
+            + F.relu(self.mean_verdict[0] - fake).square().mean()
+        means = all_mean({"real": real.mean(), "fake": fake.mean()}, real.device)
+        self.mean_verdict.lerp_(torch.tensor(list(means.values()), device=real.device), 0.01)
+        return loss
+
+
+def reconstruction_loss(config, video, reconstruction, vgg16, frame):
+    """Weighted sum and its parts for video (B, C, T+1, H, W); frame (B,) is the one that VGG16 sees."""
+    parts = {"mse": (reconstruction.float() - video).square().mean()}                       # Eq. 2
+    loss = config.mse_weight * parts["mse"]
+    if vgg16 is not None:
+        each = torch.arange(len(video), device=video.device)
+        parts["perceptual"] = vgg16.distance(reconstruction[each, :, frame], video[each, :, frame])   # Eq. 3
+        loss = loss + config.perceptual_weight * parts["perceptual"]
+    return loss, parts
+
+
+def quantization_loss(config, lfq, done):
+    """Commitment, Eq. 4, and entropy; the weight of the latter falls to a tenth over the training."""
+    entropy = lfq["entropy_sample"] - lfq["entropy_batch"]
+    return config.commitment_weight * lfq["commitment"] \
+        + config.entropy_weight * (1 - 0.9 * min(done, 1)) * entropy
+
+
+def adversarial_loss(config, discriminator, reconstruction, loss, model):
+    """Hinge loss of the generator, weighted so that its gradient at the decoder's last layer is as large as
+    that of `loss`, the reconstruction's."""
+    adversarial = -discriminator(reconstruction).mean()                                     # Eq. 5
+    last = [p for head in (model.first_pixels, model.rest_pixels) for p in head.parameters() if p.requires_grad]
+    size = []
+    for part in (loss, adversarial):
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(part, last, retain_graph=True)])
+        size.append(average(gradient).norm())
+    weight = (size[0] / (size[1] + config.gan_epsilon)).clamp(max=config.gan_cap)           # Eq. 6
+    return config.gan_weight * weight * adversarial, {"adversarial": adversarial, "adaptive_weight": weight}
+
+
+def discriminator_loss(config, discriminator, video, reconstruction):
+    """Hinge loss of the discriminator, the counterpart of Eq. 5, and LeCAM."""
+    real, fake = discriminator(video).float(), discriminator(reconstruction.detach()).float()
+    hinge = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+    return hinge + config.lecam_weight * discriminator.lecam(real, fake), \
+        {"hinge": hinge, "verdict_real": real.mean(), "verdict_fake": fake.mean()}
+
+
 # ---------------------------------------------------------------------------- this trainer
 
-def losses_of(config, model, video, done):
-    """Weighted sum and its parts for video (B, C, T+1, H, W)."""
-    reconstruction, index, lfq = model(video)
-    parts = {"mse": (reconstruction.float() - video).square().mean(), **lfq}                # Eq. 2
-    entropy = parts["entropy_sample"] - parts["entropy_batch"]
-    loss = (config.mse_weight * parts["mse"] + config.commitment_weight * parts["commitment"]
-            + config.entropy_weight * (1 - 0.9 * min(done, 1)) * entropy)
-    return loss, parts, index
+def set_trainable(config, model):
+    """All weights, the decoder's alone, or adapters alone."""
+    if config.lora_rank and not config.init_from:
+        raise UserError("--lora_rank adapts trained weights: pass --init_from=FOLDER")
+    if config.lora_rank:
+        add_lora(model, config.lora_rank)
+    if config.decoder_only:
+        model.requires_grad_(False)
+        for part in (model.lfq.project_out, model.decode_time, model.decode_space, model.norm,
+                     model.first_pixels, model.rest_pixels):
+            part.requires_grad_(True)
+
+
+def save(config, model, step, **more):
+    """OUT/tokenizer.pt in plain weights; of LoRA also the adapters alone."""
+    if config.lora_rank:
+        save_weights(config.out, "tokenizer_lora", model, step, adapters(model), rank=config.lora_rank, **more)
+    save_weights(config.out, "tokenizer", merge(copy.deepcopy(model)), step, **more)
 
 
 @torch.no_grad()
 def evaluate(model, data, batch, device, rank, world, items=64):
-    """Mean squared error and codes in use on fixed windows of the validation split."""
-    error, index = 0.0, []
+    """Mean squared error, codes in use and their perplexity on fixed windows of the validation split."""
+    error, counts = 0.0, 0
     for start in range(rank * batch, items, batch * world):
         video = torch.stack([data[n]["video"] for n in range(start, start + batch)]).to(device)
-        index.append(model.encode(video))
-        error += (model.decode(index[-1]) - video).square().mean().item() * batch * world / items
-    return all_mean({"val_mse": error, "val_codes": torch.cat(index).unique().numel()}, device)
+        index = model.encode(video)
+        counts = counts + index_counts(index, model.config.bits)
+        error += (model.decode(index) - video).square().mean().item() * batch * world / items
+    return all_mean({"val_mse": error, **{f"val_{k}": v for k, v in code_use(average(counts)).items()}}, device)
 
 
 def main():
@@ -246,27 +409,35 @@ def main():
     state_path = check_out(config, "tokenizer")
 
     # ---- data
-    train, val = (RandomWindows(Clips(config.data, split), config.frames, seed=config.seed,
-                                group=config.batch * world) for split in ("train", "val"))
+    train, val = (RandomWindows(Clips(config.data, split), config.frames, seed=config.seed, noise=1,
+                                channels=config.channels, vary_video=vary)
+                  for split, vary in (("train", vary_video if config.augment else None), ("val", None)))
 
     # ---- model
     shape = model_config(config, TokenizerConfig)
     raw = load_weights(config.init_from, "tokenizer", Tokenizer, TokenizerConfig, shape) if config.init_from \
         else Tokenizer(shape)
-    raw.to(device)
+    set_trainable(config, raw.to(device))
+    vgg16 = VGG16(config.vgg16).to(device) if config.vgg16 else None
+    discriminator = Discriminator(config.channels).to(device) if config.gan_weight else None
+    losses = "mse commitment entropy" + " perceptual" * bool(vgg16) + " adversarial" * bool(discriminator)
     if rank == 0:
-        print(f"{config}\n{parameter_count(raw):.2f}M parameters, "
-              f"{len(train.clips)} clips, {device} x {world}")
+        print(f"{config}\n{parameter_count(raw):.2f}M parameters, {parameter_count(raw, trained=True):.2f}M of them trained, "
+              f"{len(train.clips)} clips, {device} x {world}; losses: {losses}")
+        if not config.vgg16:
+            print("no perceptual loss (Eq. 3): it needs torchvision's VGG16, --vgg16=PATH or --vgg16=hub")
 
     # ---- optimizer and EMA
-    optimizer = torch.optim.AdamW(raw.parameters(), lr=config.lr, betas=(0.9, 0.99),
-                                  weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW([p for p in raw.parameters() if p.requires_grad], lr=config.lr,
+                                  betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
     ema = copy.deepcopy(raw).eval()
+    parts = {"model": raw, "ema": ema, "optimizer": optimizer}
+    if discriminator:
+        optimizer_d = torch.optim.AdamW(discriminator.parameters(), lr=config.lr, betas=(0.5, 0.9), fused=True)
+        parts |= {"discriminator": discriminator, "optimizer_d": optimizer_d}
 
     # ---- resume
-    step, seconds = 0, 0.0
-    if config.resume:
-        step, seconds = load_state(state_path, raw, ema, optimizer)
+    step, seconds = load_state(state_path, parts) if config.resume else (0, 0.0)
 
     # ---- compile and DDP
     model = torch.compile(raw) if config.compile else raw
@@ -275,43 +446,55 @@ def main():
 
     # ---- loop
     log, loader = Log(config, "tokenizer", rank), \
-        batches(train, config.batch, step, rank, world, config.workers)
+        batches(train, config.batch, step * config.accumulate, rank, world, config.workers)
     log.bar.update(step)
     began, results = time.time() - seconds, {}
     for step in count(step):
         seconds = time.time() - began
-        done, lr = schedule(config, step, seconds)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        finished = all_mean({"done": done}, device)["done"] >= 1
+        done, lr = schedule(config, step, seconds, device)
 
         # evaluate and save
-        if step > 0 and (finished or step % config.eval_every == 0):
+        if step > 0 and (done >= 1 or step % config.eval_every == 0):
             results = log.write(step, **evaluate(ema, val, config.batch, device, rank, world))
-        if rank == 0 and step > 0 and (finished or step % config.save_every == 0):
-            save_weights(config.out, "tokenizer", ema, step)
-            save_state(state_path, raw, ema, optimizer, step, seconds)
-        if finished:
+        if rank == 0 and step > 0 and (done >= 1 or step % config.save_every == 0):
+            save(config, ema, step, losses=losses)
+            save_state(state_path, parts, step, seconds)
+        if done >= 1:
             break
 
-        # accumulate, clip, step, EMA
-        batch = next(loader)
-        video = batch["video"].to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            loss, parts, index = losses_of(config, model, video, done)
-        (loss / config.accumulate).backward()
-        if (step + 1) % config.accumulate == 0:
-            clip_gradient(config, raw, step, batch, state_path)
-            optimizer.step()
-            optimizer.zero_grad()
+        # accumulate
+        for _ in range(config.accumulate):
+            batch = log.wait(loader)
+            video = batch["video"].to(device, non_blocking=True)
+            frame = (batch["noise"][:, 0].to(device) * config.frames).long()
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                reconstruction, index, lfq = model(video)
+                loss, values = reconstruction_loss(config, video, reconstruction, vgg16, frame)
+                if adversary := discriminator if done >= config.gan_warmup else None:
+                    adversary.requires_grad_(False)
+                    adversarial, more = adversarial_loss(config, adversary, reconstruction, loss, raw)
+                    loss, values = loss + adversarial, values | more
+                    adversary.requires_grad_(True)
+                    loss_d, more = discriminator_loss(config, adversary, video, reconstruction)
+                    (loss_d / config.accumulate).backward()
+                    values |= more
+                loss = loss + quantization_loss(config, lfq, done)
+            (loss / config.accumulate).backward()
+
+        # clip, step, EMA
+        update(config, raw, optimizer, lr, step, batch, state_path)
+        if adversary:
+            for p in adversary.parameters():
+                average(p.grad)
+            update(config, adversary, optimizer_d, lr, step, batch, state_path)
         if step % 10 == 0:
             ema_update(ema, raw, min(config.ema, step / (step + 100)))
 
         # log
         if step % config.log_every == 0:
-            values = all_mean({"loss": loss, **parts}, device)
-            log.write(step, **values, lr=lr, seconds=seconds,
-                      clips_per_s=log.rate(step) * config.batch * world, codes=index.unique().numel())
+            values = all_mean({"loss": loss, **values, **lfq}, device)
+            values |= code_use(index_counts(index, config.bits))
+            log.write(step, **values, lr=lr, seconds=seconds, **log.rate(step, config, world))
             log.bar.set_postfix({"loss": f"{values['loss']:.3f}", "mse": f"{values['mse']:.5f}", **results})
         log.bar.update()
 

@@ -318,19 +318,34 @@ def cut_ecg(ecg, first, samples):
     return out
 
 
+def as_video(frames, channels=0):
+    """(T, H, W, C) uint8 -> (C, T, H, W) in [0, 1]; channels: grey repeated to 3, colour averaged to 1."""
+    video = torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 255
+    return video if channels in (0, len(video)) else video.mean(0, keepdim=True).expand(channels, -1, -1, -1)
+
+
+def vary_video(video, rng):
+    """A window (T, H, W, C) uint8 moved by up to 8 pixels (round the edges), its contrast changed by up to a
+    fifth, flipped half of the times: few clips then teach a tokenizer more."""
+    video = np.roll(video, rng.integers(-8, 9, 2), axis=(1, 2))[:, :, ::rng.choice([1, -1])]
+    return (video * rng.uniform(0.8, 1.2)).clip(0, 255).astype(np.uint8)
+
+
 class RandomWindows(Dataset):
     """Random windows of T frames, each with the ECG of its own time span and what lies around it.
 
-    Item n: video (C, T, H, W) float in [0, 1]; fps; clip index; noise (K,) uniform numbers for the training's
-    draws; with samples > 0 also ecg (L, samples) cleaned, centred on the window; leads (L,) indices into
+    Item n: video (C, T, H, W) float in [0, 1], C as asked for (`channels`) or as the set has it; fps; clip
+    index; noise (K,) uniform numbers for the training's draws; with samples > 0 also ecg (L, samples) cleaned, centred on the window; leads (L,) indices into
     LEADS; ecg_start, seconds of ecg sample 0 after the window's first frame. Items of one `group` (a step's
     batch over all processes) share leads: half of the groups see one lead, a quarter 2 or 3, the rest all.
-    vary(ecg, rng) alters a cleaned ECG.
+    vary(ecg, rng) alters a cleaned ECG, vary_video(video, rng) the frames (T, H, W, C) uint8.
     """
 
-    def __init__(self, clips, frames, samples=0, clean=None, group=1, seed=0, noise=0, vary=None):
+    def __init__(self, clips, frames, samples=0, clean=None, group=1, seed=0, noise=0, vary=None, channels=0,
+                 vary_video=None):
         self.clips, self.frames, self.samples, self.clean, self.vary = clips, frames, samples, clean, vary
         self.group, self.seed, self.noise = group, seed, noise
+        self.channels, self.vary_video = channels, vary_video
         shortest = min(min(s.columns["frames"]) for s in clips.shards)
         if shortest < frames:
             raise UserError(f"a clip of the set has {shortest} frames, fewer than the {frames} of one window")
@@ -347,8 +362,9 @@ class RandomWindows(Dataset):
         row = self.clips[i]
         start = int(rng.integers(row["frames"] - self.frames + 1))
         video = self.clips.per_frame("video", i, start, self.frames)               # T H W C
-        item = {"video": torch.from_numpy(video).permute(3, 0, 1, 2).float() / 255, "clip": i,
-                "fps": row["fps"], "noise": torch.from_numpy(rng.random(self.noise, np.float32))}
+        noise = torch.from_numpy(rng.random(self.noise, np.float32))
+        video = self.vary_video(video, rng) if self.vary_video else video
+        item = {"video": as_video(video, self.channels), "clip": i, "fps": row["fps"], "noise": noise}
         if self.samples:
             leads = self.choose_leads(n)
             ecg = self.clean(self.clips.ecg(i, leads))
