@@ -425,12 +425,7 @@ def main():
             log.bar.set_postfix(results)
         log.bar.update()
 
-    # ---- teardown
-    log.bar.close()
-    if rank == 0:
-        print(f"{config.out}/ecg_encoder.pt: {step} steps, {seconds / 60:.1f} minutes, {results}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    log.close(f"ecg_encoder.pt: {step} steps, {seconds / 60:.1f} minutes, {results}")
 
 
 if __name__ == "__main__":

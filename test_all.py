@@ -109,6 +109,16 @@ def test_entropy_equals_brute_force():
     assert torch.allclose(found["entropy_batch"], torch.special.entr(p.mean(0)).sum(), atol=1e-4)
 
 
+def test_compiled_equals_eager(tiny):
+    """A graph that torch.compile cannot trace whole, or that Eq. 6 cannot ask twice for a gradient."""
+    video, model = torch.rand(2, 1, 11, 64, 64), tiny.tokenizer
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    (a, index, _), (b, same, _) = compiled(video), model(video)
+    last = model.rest_pixels.to_pixels.weight
+    grads = [torch.autograd.grad(x.square().sum(), last, retain_graph=True)[0] for x in (a, a, b)]
+    assert torch.equal(index, same) and all(torch.allclose(g, grads[2], rtol=1e-3, atol=1e-3) for g in grads)
+
+
 @pytest.mark.parametrize("setting", [dict(bits=10), dict(bits=17), dict(bits=18, channels=3), dict(size=48),
                                      dict(frames=7, patch_t=3), dict(frames=1), dict(patch=16, channels=3)])
 def test_other_sizes(setting):

@@ -156,7 +156,7 @@ def index_to_bits(index, bits):
 
 def bits_to_index(z):
     """(..., bits) -> int64 (...): the sum over i of 2^i [z_i > 0]."""
-    return ((z > 0) << torch.arange(z.shape[-1], device=z.device)).sum(-1)
+    return ((z > 0).long() << torch.arange(z.shape[-1], device=z.device)).sum(-1)
 
 
 def index_counts(index, bits):

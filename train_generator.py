@@ -216,12 +216,7 @@ def main():
             log.bar.set_postfix({"loss": f"{values['loss']:.3f}", **results})
         log.bar.update()
 
-    # ---- teardown
-    log.bar.close()
-    if rank == 0:
-        print(f"{config.out}/generator.pt: {step} steps, {seconds / 60:.1f} minutes, {results}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    log.close(f"generator.pt: {step} steps, {seconds / 60:.1f} minutes, {results}")
 
 
 if __name__ == "__main__":

@@ -238,6 +238,14 @@ class Log:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         return values
 
+    def close(self, text):
+        """Say what the training gave, and leave the process group."""
+        self.bar.close()
+        if self.on:
+            print(f"{self.config.out}/{text}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
 
 def update(config, model, optimizer, lr, step, batch, state_path):
     """Clip the gradient's norm and step; where it is not finite, stop and name the clips."""
@@ -498,12 +506,7 @@ def main():
             log.bar.set_postfix({"loss": f"{values['loss']:.3f}", "mse": f"{values['mse']:.5f}", **results})
         log.bar.update()
 
-    # ---- teardown
-    log.bar.close()
-    if rank == 0:
-        print(f"{config.out}/tokenizer.pt: {step} steps, {seconds / 60:.1f} minutes, {results}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    log.close(f"tokenizer.pt: {step} steps, {seconds / 60:.1f} minutes, {results}")
 
 
 if __name__ == "__main__":
