@@ -207,7 +207,7 @@ def redraw_ecg(ecg, rng, share):
     """A cleaned ECG (L, N) as another recorder would draw it, a `share` of the times: for training.
 
     The filters of monitors and echo machines smear the waves; here exponential tails of 8 to 300 ms do, one
-    after and one before each wave, of either sign and at most 0.6 of its height. No R peak moves.
+    after and one before each wave, of either sign and at most 0.8 of its height. No R peak moves.
     """
     if rng.random() >= share:
         return ecg
@@ -215,7 +215,7 @@ def redraw_ecg(ecg, rng, share):
     for way in (1, -1):
         keep = np.exp(-1 / (ECG_HZ * np.exp(rng.uniform(*np.log([0.008, 0.3])))))
         tail = lfilter([1 - keep], [1, -keep], x[:, ::way])[:, ::way]
-        x = x + rng.uniform(-0.6, 0.6) * tail * np.abs(x).max() / max(np.abs(tail).max(), 1e-6)
+        x = x + rng.uniform(-0.8, 0.8) * tail * np.abs(x).max() / max(np.abs(tail).max(), 1e-6)
     return (x * (ecg.std() / max(x.std(), 1e-6))).astype(np.float32)
 
 
