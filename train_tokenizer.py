@@ -70,7 +70,8 @@ class TrainConfig(TokenizerConfig):
     seed: int = 0                   # of weights and data
 
 
-PRESETS = {"demo": {}, "paper": tokenizer.PRESETS["paper"] | dict(lr=1e-4, batch=16, compile=True, workers=8)}
+PRESETS = {"demo": {}, "paper": tokenizer.PRESETS["paper"] | dict(lr=1e-4, batch=16, compile=True, workers=8,
+                                                                  vgg16="hub", gan_weight=1.0)}
 
 
 # ---------------------------------------------------------------------------- shared by all trainers
