@@ -7,6 +7,7 @@ A video becomes one clip: its first `frames` frames at `fps`, the middle square,
 a process for each core. Natural video trains the tokenizer before it meets an echo (ECHOPulse section 3.1).
 """
 import csv
+import logging
 import os
 import sys
 import zlib
@@ -44,6 +45,7 @@ def read_video(path, size, channels, fps=0, frames=0):
     The middle square, scaled; fps: resampled to so many a second, frames: at most so many; 0 = all there are.
     """
     import imageio_ffmpeg
+    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)     # it warns of every video that is scaled
     steps = [f"fps={fps}"] * bool(fps) + [f"scale={size}:{size}:force_original_aspect_ratio=increase:flags=area",
                                           f"crop={size}:{size}"]
     more = ["-vf", ",".join(steps), "-fps_mode", "passthrough"] + ["-frames:v", str(frames)] * bool(frames)
