@@ -325,7 +325,7 @@ class MaskedAutoencoder(nn.Module):
         return ecg.unflatten(2, (-1, self.encoder.config.patch))                            # B L n patch
 
     def random_masking(self, noise):
-        """Uniform numbers (B, L, n) -> keep (B, L, k), the patches seen, equally many a lead; mask (B, L, n)."""
+        """Uniform numbers (B, L, n) -> keep (B, L, k), patches seen, as many in each lead; mask (B, L, n)."""
         keep = noise.argsort(dim=2)[:, :, :max(1, int(noise.shape[2] * (1 - self.mask_ratio)))]
         return keep, torch.ones_like(noise, dtype=torch.bool).scatter(2, keep, False)
 
@@ -390,7 +390,8 @@ def main():
                           config.seed, len(LEADS) * config.samples // config.patch)
     raw = MaskedAutoencoder(trainer.model_config(config, EcgConfig)).to(device)
     if rank == 0:
-        print(f"{config}\n{parameter_count(raw):.2f}M parameters, {len(train.clips)} clips, {device} x {world}")
+        print(f"{config}\n{parameter_count(raw):.2f}M parameters, "
+              f"{len(train.clips)} clips, {device} x {world}")
 
     # ---- optimizer, EMA, resume, DDP
     optimizer = torch.optim.AdamW(raw.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay,

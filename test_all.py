@@ -1,4 +1,5 @@
 """Every test, on the CPU, offline: `python -m pytest test_all.py`. A docstring names the bug it catches."""
+import copy
 import json
 import os
 import re
@@ -26,8 +27,8 @@ from data.clips import (LEADS, Clips, RandomWindows, UserError, as_video, batche
 from data.phantom import make_clip, make_ecg
 from ecg_encoder import EcgConfig, EcgEncoder, MaskedAutoencoder, clean_ecg, find_r_peaks, read_ecg
 from generator import Generator, GeneratorConfig, condition, fill_in, guide, masked_share, stream_video
-from tokenizer import (LFQ, Tokenizer, TokenizerConfig, adapters, add_lora, bits_to_index, index_to_bits, joint,
-                       merge, patchify)
+from tokenizer import (LFQ, Tokenizer, TokenizerConfig, adapters, add_lora, bits_to_index, index_to_bits,
+                       joint, merge, patchify)
 
 HERE = Path(__file__).parent
 WATCH = HERE.parent / "shared/real/ecg/apple_watch_digitized.csv"
@@ -122,11 +123,12 @@ def test_compiled_equals_eager(tiny):
 @pytest.mark.parametrize("setting", [dict(bits=10), dict(bits=17), dict(bits=18, channels=3), dict(size=48),
                                      dict(frames=7, patch_t=3), dict(frames=1), dict(patch=16, channels=3)])
 def test_other_sizes(setting):
-    """A size, codebook or length that is a setting on paper only; a video of another size that is squeezed in."""
+    """A size, codebook or length that is a setting on paper only; a video of another size let in."""
     c = TokenizerConfig(**SMALL["tokenizer"] | setting)
     model, video = Tokenizer(c), torch.rand(2, c.channels, c.frames, c.size, c.size)
     reconstruction, index, losses = model(video)
-    assert reconstruction.shape == video.shape and index.shape == (2, model.latent_frames, *[c.size // c.patch] * 2)
+    assert reconstruction.shape == video.shape
+    assert index.shape == (2, model.latent_frames, model.grid, model.grid)
     assert index.max() < 2 ** c.bits and torch.equal(model.encode(video), index)
     assert torch.allclose(model.decode(index), reconstruction.clamp(0, 1), atol=1e-5)
     assert 0 < losses["entropy_batch"] < c.bits * np.log(2)
@@ -170,7 +172,7 @@ def test_tokenizer_overfits_one_batch(tiny):
 def test_lora(tiny):
     """An adapter that changes the model before it has learned, trains its base too, or is lost in merging."""
     model, video = tiny.tokenizer, torch.rand(1, 1, 11, 64, 64)
-    before, names = model(video)[0], model.state_dict().keys()
+    before, names, plain = model(video)[0], model.state_dict().keys(), copy.deepcopy(model)
     add_lora(model, rank=4)
     assert torch.equal(model(video)[0], before)
     assert all(n.endswith((".up", ".down")) == p.requires_grad for n, p in model.named_parameters())
@@ -178,7 +180,9 @@ def test_lora(tiny):
         torch.nn.init.normal_(p, std=0.05) if p.requires_grad else None
     adapted = model(video)[0]
     assert not torch.allclose(adapted, before, atol=1e-2)
-    assert merge(model).state_dict().keys() == names and torch.allclose(model(video)[0], adapted, atol=1e-5)
+    assert merge(copy.deepcopy(model)).keys() == names
+    plain.load_state_dict(merge(model))
+    assert torch.allclose(plain(video)[0], adapted, atol=1e-5) and torch.equal(model(video)[0], adapted)
     demo = adapters(add_lora(Tokenizer(TokenizerConfig()), rank=16))
     assert 4 * sum(x.numel() for x in demo.values()) < 2e6                          # bytes
 
@@ -204,7 +208,7 @@ def test_discriminator(tiny):
 
 
 def test_perceptual_loss(tmp_path):
-    """Random weights under the name of VGG16, a layer left out, or frames that are compared with themselves."""
+    """Random weights under the name of VGG16, a layer left out, or frames compared with themselves."""
     inputs, file, numbers = [3, 64, 64, 128, 128, 256, 256, 256] + [512] * 6, tmp_path / "vgg16.pth", [
         0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]                             # torchvision's own
     saved = {f"features.{n}.{k}": v for n, a, b in zip(numbers, inputs, inputs[1:])
@@ -382,22 +386,24 @@ def test_domain_transfer(phantom, weights, tmp_path, capfd):
     """Adapters that do not give the merged weights; a decoder trained alone whose encoder moves with it."""
     def train(name, *flags):
         call(train_tokenizer.main, *train_flags("tokenizer", phantom, "", tmp_path / name), "--steps=3",
-             f"--init_from={weights}", "--warmup=1", *flags)
+             f"--init_from={weights}", "--warmup=1", "--save_every=1", *flags)
         return torch.load(tmp_path / name / "tokenizer.pt")
     base, merged = torch.load(weights / "tokenizer.pt")["model"], train("lora", "--lora_rank=2")
-    saved, model = torch.load(tmp_path / "lora/tokenizer_lora.pt"), Tokenizer(TokenizerConfig(**SMALL["tokenizer"]))
+    saved = torch.load(tmp_path / "lora/tokenizer_lora.pt")
+    model = Tokenizer(TokenizerConfig(**SMALL["tokenizer"]))
     model.load_state_dict(base)
     add_lora(model, saved["rank"]).load_state_dict(saved["model"], strict=False)
-    assert all(torch.allclose(merge(model).state_dict()[k], v, atol=1e-6) for k, v in merged["model"].items())
+    assert all(torch.allclose(merge(model)[k], v, atol=1e-6) for k, v in merged["model"].items())
     assert any(not torch.equal(base[k], v) for k, v in merged["model"].items())
     after = train("decoder", "--decoder_only", *ADVERSARIAL)
     kept = {k for k in base if torch.equal(base[k], after["model"][k])}
     assert kept == {k for k in base if re.match("embed|place|encode|lfq.project_in", k)}
-    assert after["losses"] == "mse commitment entropy adversarial" and "no perceptual loss" in capfd.readouterr().out
-    refused("pass --init_from", call, train_tokenizer.main, f"--data={phantom}", f"--out={tmp_path / 'x'}", "--lora_rank=2")
+    assert after["losses"] == "mse commitment entropy adversarial"
+    assert "no perceptual loss" in capfd.readouterr().out
+    fresh = [f"--data={phantom}", f"--out={tmp_path / 'fresh'}"]
+    refused("pass --init_from", call, train_tokenizer.main, *fresh, "--lora_rank=2")
     refused("not finite; last batch: train00", train, "nan", "--mse_weight=1e38")
-    refused("the video has 1 x 11 x 64 x 64", call, train_tokenizer.main, f"--data={phantom}", f"--out={tmp_path / 'y'}",
-            "--size=96")
+    refused("the video has 1 x 11 x 64 x 64", call, train_tokenizer.main, *fresh, "--size=96")
 
 
 def test_checkpoint_cut_in_half_is_refused(weights, tmp_path):
@@ -453,9 +459,9 @@ def numbered(i):
 
 
 def test_prepare_goes_on_after_a_crash(tmp_path, monkeypatch, capfd):
-    """A set half-written, a clip twice or lost after a crash, shards read wrongly, a bad file that ends all."""
-    out, make = tmp_path / "set", lambda command: prepare(out, {"leads": [], "command": command},
-                                                          {"train": range(8), "val": [9]}, numbered, 2, shard=3)
+    """A set half-written, a clip twice or lost after a crash, shards misread, a bad file that ends all."""
+    out, jobs = tmp_path / "set", {"train": range(8), "val": [9]}
+    make = lambda command: prepare(out, {"leads": [], "command": command}, jobs, numbered, 2, shard=3)
     with pytest.raises(MemoryError):
         make("a")
     assert not out.exists() and (made := tmp_path / "set.part/train-00000/video.npy").exists()
@@ -466,7 +472,8 @@ def test_prepare_goes_on_after_a_crash(tmp_path, monkeypatch, capfd):
     train, val = Clips(out, "train"), Clips(out, "val")
     assert [train.per_frame("video", i).max() for i in range(7)] == [0, 1, 2, 3, 5, 6, 7] and len(val) == 1
     assert (out / "train-00000/video.npy").stat().st_mtime_ns == before and train[3]["id"] == "clip 3"
-    assert (out / "train-00001/skipped.txt").read_text() == "clip 4: damaged\n" and "clip 4" in capfd.readouterr().err
+    assert (out / "train-00001/skipped.txt").read_text() == "clip 4: damaged\n"
+    assert "clip 4" in capfd.readouterr().err
 
 
 @pytest.fixture(scope="session")
@@ -503,7 +510,8 @@ def test_echonet_dynamic(echonet, tmp_path):
 
 def test_webvid(echonet, tmp_path):
     """A video read at another rate, size or colour than asked for; its caption lost; a text file decoded."""
-    src, flags = tmp_path / "src", [f"--src={tmp_path / 'src'}", f"--out={tmp_path / 'set'}", "--size=32", "--val=0", "--test=0"]
+    src, out = tmp_path / "src", tmp_path / "set"
+    flags = [f"--src={src}", f"--out={out}", "--size=32", "--val=0", "--test=0"]
     (src / "000").mkdir(parents=True)
     shutil.copy(echonet / "Videos/0X0.avi", src / "000/7.mp4")
     (src / "000/8.mp4").write_text("no video")

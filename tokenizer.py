@@ -141,10 +141,15 @@ def adapters(model):
 
 
 def merge(model):
-    """Fold the adapters into plain weights, in place."""
-    for layer in [m for m in model.modules() if parametrize.is_parametrized(m)]:
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-    return model.requires_grad_(True)
+    """State dict in plain weights, the adapters folded in; the model stays as it is."""
+    plain = {}
+    for name, x in model.state_dict().items():
+        layer, adapted, part = name.partition(".parametrizations.weight.")
+        if part == "original":
+            plain[f"{layer}.weight"] = model.get_submodule(layer).weight.detach()
+        elif not adapted:
+            plain[name] = x
+    return plain
 
 
 # ---------------------------------------------------------------------------- lookup-free quantization

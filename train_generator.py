@@ -148,7 +148,8 @@ def main():
     train, val = (RandomWindows(Clips(config.data, split), tokenizer.config.frames, encoder.config.samples,
                                 clean_ecg, config.batch * world, config.seed, 4 + T * N, vary,
                                 tokenizer.config.channels)
-                  for split, vary in (("train", partial(redraw_ecg, share=config.redraw_share)), ("val", None)))
+                  for split, vary in (("train", partial(redraw_ecg, share=config.redraw_share)),
+                                      ("val", None)))
 
     # ---- model
     shape = model_config(config, GeneratorConfig)

@@ -52,7 +52,7 @@ class TrainConfig(TokenizerConfig):
     ema: float = 0.98               # EMA of the weights, every 10 steps
     mse_weight: float = 50.0        # Eq. 2
     perceptual_weight: float = 1.0  # Eq. 3, where --vgg16 is given
-    vgg16: str = ""                 # torchvision's vgg16-397923af.pth, or hub to download it; empty = no Eq. 3
+    vgg16: str = ""                 # torchvision's vgg16-397923af.pth; hub = download it; empty = no Eq. 3
     commitment_weight: float = 0.25  # Eq. 4
     entropy_weight: float = 0.02    # LFQ entropy loss, falling to a tenth over the training
     gan_weight: float = 0.0         # Eq. 5, times the adaptive weight of Eq. 6; 0 = no discriminator
@@ -159,7 +159,7 @@ def save_state(path, parts, step, seconds):
 
 
 def load_state(path, parts):
-    """Back into the parts, {name: module or optimizer}; returns step and seconds, 0 where nothing is saved."""
+    """Back into the parts, {name: module or optimizer}; returns step and seconds, 0 if nothing is saved."""
     if not path.exists():
         print(f"{path}: nothing saved yet, starting from step 0")
         return 0, 0.0
@@ -229,8 +229,8 @@ class Log:
         """Since the last call: clips a second, and the share of the time spent waiting for data."""
         (last, then), self.last = self.last or (step, 0), (step, time.time())
         seconds, waited, self.waited = self.last[1] - then, self.waited, 0.0
-        return {"clips_per_s": (step - last) * config.batch * getattr(config, "accumulate", 1) * world / seconds,
-                "data_wait": waited / seconds}
+        clips = (step - last) * config.batch * getattr(config, "accumulate", 1) * world
+        return {"clips_per_s": clips / seconds, "data_wait": waited / seconds}
 
     def write(self, step, **values):
         values = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
@@ -275,7 +275,7 @@ def check_out(config, stage):
 class VGG16(nn.Module):
     """The convolutions of VGG16 (Simonyan and Zisserman 2015) under torchvision's names of the weights."""
 
-    WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)    # 0 = halve the size
+    WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)   # 0 halves the size
     FILE = "vgg16-397923af.pth"
 
     def __init__(self, path):
@@ -359,7 +359,8 @@ def adversarial_loss(config, discriminator, reconstruction, loss, model):
     """Hinge loss of the generator, weighted so that its gradient at the decoder's last layer is as large as
     that of `loss`, the reconstruction's."""
     adversarial = -discriminator(reconstruction).mean()                                     # Eq. 5
-    last = [p for head in (model.first_pixels, model.rest_pixels) for p in head.parameters() if p.requires_grad]
+    last = [p for head in (model.first_pixels, model.rest_pixels) for p in head.parameters()
+            if p.requires_grad]
     size = []
     for part in (loss, adversarial):
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(part, last, retain_graph=True)])
@@ -394,8 +395,8 @@ def set_trainable(config, model):
 def save(config, model, step, **more):
     """OUT/tokenizer.pt in plain weights; of LoRA also the adapters alone."""
     if config.lora_rank:
-        save_weights(config.out, "tokenizer_lora", model, step, adapters(model), rank=config.lora_rank, **more)
-    save_weights(config.out, "tokenizer", merge(copy.deepcopy(model)), step, **more)
+        save_weights(config.out, "tokenizer_lora", model, step, adapters(model), rank=config.lora_rank)
+    save_weights(config.out, "tokenizer", model, step, merge(model), **more)
 
 
 @torch.no_grad()
@@ -407,7 +408,8 @@ def evaluate(model, data, batch, device, rank, world, items=64):
         index = model.encode(video)
         counts = counts + index_counts(index, model.config.bits)
         error += (model.decode(index) - video).square().mean().item() * batch * world / items
-    return all_mean({"val_mse": error, **{f"val_{k}": v for k, v in code_use(average(counts)).items()}}, device)
+    use = code_use(average(counts))
+    return all_mean({"val_mse": error, **{f"val_{key}": value for key, value in use.items()}}, device)
 
 
 def main():
@@ -431,8 +433,8 @@ def main():
     discriminator = Discriminator(config.channels).to(device) if config.gan_weight else None
     losses = "mse commitment entropy" + " perceptual" * bool(vgg16) + " adversarial" * bool(discriminator)
     if rank == 0:
-        print(f"{config}\n{parameter_count(raw):.2f}M parameters, {parameter_count(raw, trained=True):.2f}M of them trained, "
-              f"{len(train.clips)} clips, {device} x {world}; losses: {losses}")
+        print(f"{config}\n{parameter_count(raw):.2f}M parameters, {parameter_count(raw, trained=True):.2f}M "
+              f"of them trained, {len(train.clips)} clips, {device} x {world}; losses: {losses}")
         if not config.vgg16:
             print("no perceptual loss (Eq. 3): it needs torchvision's VGG16, --vgg16=PATH or --vgg16=hub")
 
@@ -442,7 +444,7 @@ def main():
     ema = copy.deepcopy(raw).eval()
     parts = {"model": raw, "ema": ema, "optimizer": optimizer}
     if discriminator:
-        optimizer_d = torch.optim.AdamW(discriminator.parameters(), lr=config.lr, betas=(0.5, 0.9), fused=True)
+        optimizer_d = torch.optim.AdamW(discriminator.parameters(), betas=(0.5, 0.9), fused=True)
         parts |= {"discriminator": discriminator, "optimizer_d": optimizer_d}
 
     # ---- resume

@@ -173,7 +173,7 @@ def attempt(make, job):
 
 
 def prepare(out, meta, jobs, make, workers=0, shard=2000):
-    """Write the prepared set OUT: the clip make(job) (what Writer.add takes) of every job, jobs = {split: list}.
+    """Write the prepared set OUT: the clip make(job), as Writer.add takes it, of every job of {split: jobs}.
 
     Works in parallel with a progress bar, on OUT.part, renamed when whole. A split of more than `shard` clips
     becomes several folders; after a crash the same command goes on behind the last whole one. A job that
@@ -335,9 +335,10 @@ class RandomWindows(Dataset):
     """Random windows of T frames, each with the ECG of its own time span and what lies around it.
 
     Item n: video (C, T, H, W) float in [0, 1], C as asked for (`channels`) or as the set has it; fps; clip
-    index; noise (K,) uniform numbers for the training's draws; with samples > 0 also ecg (L, samples) cleaned, centred on the window; leads (L,) indices into
-    LEADS; ecg_start, seconds of ecg sample 0 after the window's first frame. Items of one `group` (a step's
-    batch over all processes) share leads: half of the groups see one lead, a quarter 2 or 3, the rest all.
+    index; noise (K,) uniform numbers for the training's draws; with samples > 0 also ecg (L, samples)
+    cleaned, centred on the window; leads (L,) indices into LEADS; ecg_start, seconds of ecg sample 0 after
+    the window's first frame. Items of one `group` (a step's batch over all processes) share leads: half of
+    the groups see one lead, a quarter 2 or 3, the rest all.
     vary(ecg, rng) alters a cleaned ECG, vary_video(video, rng) the frames (T, H, W, C) uint8.
     """
 

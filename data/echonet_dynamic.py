@@ -78,8 +78,8 @@ def main():
         if split not in jobs:
             raise UserError(f"FileList.csv: split {row['Split']!r} of {row['FileName']}; TRAIN, VAL or TEST")
         jobs[split].append(row)
-    meta = dict(name=os.path.basename(config.out.rstrip("/")), fps=None, height=config.size, width=config.size,
-                channels=config.channels, leads=[], source="echonet_dynamic",
+    meta = dict(name=os.path.basename(config.out.rstrip("/")), fps=None, height=config.size,
+                width=config.size, channels=config.channels, leads=[], source="echonet_dynamic",
                 command=" ".join(["data.echonet_dynamic", *sys.argv[1:]]))
     how = {key: getattr(config, key) for key in ("src", "size", "channels", "least")}
     prepare(config.out, meta, jobs, partial(make_clip, **how), config.workers)

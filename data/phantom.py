@@ -361,7 +361,8 @@ def main():
     # The split is part of the seed, so no clip of one split can be in another
     jobs = {split: [(f"{split}{i:06d}", (cfg.seed, s, i)) for i in range(n)]
             for s, (split, n) in enumerate(counts.items())}
-    prepare(cfg.out, meta, jobs, partial(numbered_clip, size=cfg.size, frames=cfg.frames, fps=cfg.fps), cfg.workers)
+    make = partial(numbered_clip, size=cfg.size, frames=cfg.frames, fps=cfg.fps)
+    prepare(cfg.out, meta, jobs, make, cfg.workers)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m data.webvid --src=FOLDER --out=datasets/NAME                        # colour, 128x128, 8 fps
     python -m data.webvid --src=FOLDER --csv=results_2M_train.csv --out=datasets/webvid --channels=1 --size=64
 
-A video becomes one clip: its first `frames` frames at `fps`, the middle square, scaled. ffmpeg does it all, in
-a process for each core. Natural video trains the tokenizer before it meets an echo (ECHOPulse section 3.1).
+A video becomes one clip: its first `frames` frames at `fps`, the middle square, scaled. ffmpeg does it, in a
+process for each core. Natural video trains the tokenizer before it meets an echo (ECHOPulse section 3.1).
 """
 import csv
 import logging
@@ -46,8 +46,8 @@ def read_video(path, size, channels, fps=0, frames=0):
     """
     import imageio_ffmpeg
     logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)     # it warns of every video that is scaled
-    steps = [f"fps={fps}"] * bool(fps) + [f"scale={size}:{size}:force_original_aspect_ratio=increase:flags=area",
-                                          f"crop={size}:{size}"]
+    scale = f"scale={size}:{size}:force_original_aspect_ratio=increase:flags=area"
+    steps = [f"fps={fps}"] * bool(fps) + [scale, f"crop={size}:{size}"]
     more = ["-vf", ",".join(steps), "-fps_mode", "passthrough"] + ["-frames:v", str(frames)] * bool(frames)
     stream = imageio_ffmpeg.read_frames(str(path), {1: "gray", 3: "rgb24"}[channels], channels, None, more)
     try:
@@ -56,7 +56,8 @@ def read_video(path, size, channels, fps=0, frames=0):
         about = next(stream)
         video = np.frombuffer(b"".join(stream), np.uint8).reshape(-1, size, size, channels)
     except Exception as error:      # ffmpeg's last words, and all that its reader raises
-        raise UserError(f"{path}: not read as a video: {str(error).strip().splitlines()[-1].strip()}") from None
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{path}: not read as a video: {reason}") from None
     return video, fps or about["fps"]
 
 
