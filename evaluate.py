@@ -376,6 +376,7 @@ def reconstruction(config, device):
             scores.append(torch.stack([mse, mae, -10 * mse.clamp(min=1e-10).log10(), ssim(x, y)]).cpu())
             edges = edges + torch.stack([edge_energy(x), edge_energy(y)])
         picture.append(torch.cat([x[c.frames // 2], y[c.frames // 2]], dim=1).cpu())        # C 2H W
+    Path(config.out).mkdir(parents=True, exist_ok=True)
     rows = torch.cat(picture[:8], dim=2).expand(3, -1, -1).permute(1, 2, 0)
     imageio.imwrite(Path(config.out) / "eval_reconstruction.png", (rows * 255).byte().numpy())
     scores, codes = torch.cat(scores, dim=1), code_use(used)                                # 4 BT
@@ -595,7 +596,6 @@ def main():
     if config.batch < 1 or config.frames < 2 or config.num < 0:
         raise UserError("--batch must be at least 1, --frames at least 2, --num at least 0")
     device, began = init_distributed(config.seed)[0], time.time()
-    Path(config.out).mkdir(parents=True, exist_ok=True)
     measured = MODES[mode](config, device)
     figures = {key: None if math.isnan(x := measured[key]) else x if isinstance(x, int) else float(f"{x:.6g}")
                for key in keys}
@@ -605,6 +605,7 @@ def main():
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     about = asdict(config) | figures
     about |= {"device": gpu, "commit": COMMIT, "seconds": round(time.time() - began, 1)}
+    Path(config.out).mkdir(parents=True, exist_ok=True)
     (Path(config.out) / f"eval_{mode}.json").write_text(json.dumps(about, indent=1) + "\n")
     missed = [key for key in targets if falls_short(key, figures[key], targets[key])]
     for key in missed:

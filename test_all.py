@@ -403,6 +403,8 @@ def test_domain_transfer(phantom, weights, tmp_path, capfd):
     fresh = [f"--data={phantom}", f"--out={tmp_path / 'fresh'}"]
     refused("pass --init_from", call, train_tokenizer.main, *fresh, "--lora_rank=2")
     refused("not finite; last batch: train00", train, "nan", "--mse_weight=1e38")
+    refused("--vgg16=none: no VGG16", call, train_tokenizer.main, *fresh, "--vgg16=none")
+    assert not (tmp_path / "fresh").exists()
     refused("the video has 1 x 11 x 64 x 64", call, train_tokenizer.main, *fresh, "--size=96")
 
 

@@ -214,6 +214,7 @@ class Log:
     def __init__(self, config, stage, rank):
         self.config, self.on = config, rank == 0
         self.path = Path(config.out) / f"{stage}.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         total = config.steps or None
         self.bar = tqdm(total=total, disable=not self.on, dynamic_ncols=True, mininterval=2)
         self.last, self.waited = None, 0.0
@@ -262,11 +263,10 @@ def update(config, model, optimizer, lr, step, batch, state_path):
 
 
 def check_out(config, stage):
-    """OUT made; refused where another training's state would be overwritten."""
+    """Path of the saved state; refused where another training's would be overwritten."""
     state = Path(config.out) / f"{stage}_state.pt"
     if state.exists() and not config.resume:
         raise UserError(f"{state} exists: pass --resume to go on, or choose another --out")
-    Path(config.out).mkdir(parents=True, exist_ok=True)
     return state
 
 
@@ -292,7 +292,7 @@ class VGG16(nn.Module):
             self.load_state_dict({k: v for k, v in saved.items() if k.startswith("features.")})
         except (OSError, RuntimeError, AttributeError, UserError) as error:
             raise UserError(f"--vgg16={path}: no VGG16 ({str(error).splitlines()[0]}); pass the path of "
-                            f"torchvision's {self.FILE}, or leave --vgg16 out: no perceptual loss") from None
+                            f"torchvision's {self.FILE}, or --vgg16= for no perceptual loss") from None
         self.requires_grad_(False).eval()
         self.register_buffer("shift", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
