@@ -373,8 +373,8 @@ def test_resumed_equals_uninterrupted(stage, phantom, weights, tmp_path, monkeyp
 @pytest.mark.parametrize("stage", TRAINERS)
 def test_two_ranks_equal_one_process(stage, phantom, weights, tmp_path):
     """Entropy or masked mean not over all ranks, the same data on both ranks, or gradients not averaged."""
-    flags = ["--steps=4", "--warmup=1", "--log_every=1", *{"tokenizer": ["--bf16=0", "--entropy_weight=1", *ADVERSARIAL],
-                                          "generator": ["--bf16=0"]}.get(stage, [])]
+    more = {"tokenizer": ["--bf16=0", "--entropy_weight=1", *ADVERSARIAL], "generator": ["--bf16=0"]}
+    flags = ["--steps=4", "--warmup=1", "--log_every=1", *more.get(stage, [])]
     call(TRAINERS[stage].main, *train_flags(stage, phantom, weights, tmp_path / "one"), *flags)
     run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TRAINERS[stage].__file__,
         *train_flags(stage, phantom, weights, tmp_path / "two"), *flags, "--batch=2")
