@@ -1,13 +1,12 @@
 """Measure a trained model on a prepared set: reconstruction, ejection fraction, synchrony with the ECG.
 
-    python evaluate.py segmenter --data=datasets/phantom --out=runs/demo --minutes=2    # U-Net for LV masks
     python evaluate.py reconstruction --data=datasets/phantom --weights=runs/demo       # the paper's Table 1
     python evaluate.py ef --data=datasets/phantom --weights=runs/demo                   # its Table 3
     python evaluate.py sync --data=datasets/phantom --weights=runs/demo --num=64        # the synchrony test
 
 Prints a table and writes OUT/eval_MODE.json. --target_KEY=x (--target_ssim=.8, --target_shift_ms=160) makes a
 figure a check: exit code 1 where it is farther from its best value than x is. Area and volume curves come
-from one small U-Net, applied alike to true and generated video. Area: pixels, volume: pixel^3, EF: points.
+from the U-Net of data/heart.py, applied alike to true and generated video. Units: pixels, pixel^3, EF points.
 """
 import json
 import math
@@ -17,7 +16,6 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,43 +23,39 @@ import imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import label
-from scipy.signal import find_peaks, savgol_filter
-from torch import nn
 from tqdm import tqdm
 
-from data.clips import (ECG_HZ, LEADS, Clips, UserError, as_video, cut_ecg, parse_flags, parse_value,
-                        run_main)
-from ecg_encoder import EcgConfig, EcgEncoder, clean_ecg, find_r_peaks
+from data.clips import ECG_HZ, LEADS, Clips, as_video, chosen, cut_ecg
+from data.ecg import clean_ecg, find_r_peaks
+from data.flags import UserError, parse_flags, parse_value, run_main
+from data.heart import (Segmenter, SegmenterConfig, cardiac_cycle, disk_volume, ef_scores, middle, ratio,
+                        segment, smooth, swing)
+from data.runs import COMMIT, init_distributed, load_weights
+from ecg_encoder import EcgConfig, EcgEncoder
 from generator import Generator, GeneratorConfig, check_fits, stream_video
-from tokenizer import Tokenizer, TokenizerConfig, code_use, index_counts, parameter_count, patchify
-from train_tokenizer import COMMIT, Log, init_distributed, load_weights, save_weights, schedule
+from tokenizer import Tokenizer, TokenizerConfig, code_use, index_counts, patchify
 
 
 @dataclass
 class EvalConfig:
     data: str = "datasets/phantom"  # prepared data set
     weights: str = "weights"        # folder with the trained weights
-    out: str = "out"                # folder for eval_MODE.json; segmenter: for segmenter.pt too
-    split: str = "test"             # split that is measured; segmenter: val, always
+    out: str = "out"                # folder for eval_MODE.json
+    split: str = "test"             # split that is measured
     num: int = 0                    # clips, drawn by --seed; 0 = all of the split
     frames: int = 64                # sync, ef: frames of a clip, from its first one on
     leads: str = ""                 # sync, ef: ECG leads by name, such as II or I,V2; empty = all of the set
-    steps: int = 0                  # sync, ef: decoding steps, 0 = the usual; segmenter: of training
+    steps: int = 0                  # sync, ef: decoding steps; 0 = the usual
     guidance: float = 1.5           # sync, ef: scale of classifier-free guidance; 1 = off
     temperature: float = 1.0        # sync, ef: of the draws
     overlap: int = 5                # sync, ef: frames that a window knows of the one before
-    batch: int = 16                 # clips, windows or training frames at a time
-    seed: int = 0                   # of the choice of clips, the draws and the segmenter
-    minutes: float = 2              # segmenter: training time, where --steps is 0
-    lr: float = 3e-3                # segmenter: peak learning rate
-    warmup: int = 50                # segmenter: steps of warm-up
+    batch: int = 16                 # clips or windows at a time
+    seed: int = 0                   # of the choice of clips and of the draws
 
 
 # The figures of each mode; the best value of each, where it is not 0, gives its --target_KEY a direction
 EF = "ef_r2 ef_mae ef_rmse ef_r2_true ef_mae_true ef_rmse_true"
-FIGURES = {"segmenter": f"dice {EF} clips",
-           "reconstruction": "mse mae psnr ssim sharpness codes_used codebook_perplexity sector_perplexity "
+FIGURES = {"reconstruction": "mse mae psnr ssim sharpness codes_used codebook_perplexity sector_perplexity "
                              "rd_bound_mse windows clips",
            "ef": f"{EF} clips clips_excluded",
            "sync": "area_r_median area_r_mean ed_error_ms_median ed_error_ms_p95 beats_found extra_beats "
@@ -73,205 +67,7 @@ BEST |= dict.fromkeys("dice ssim sharpness ef_r2 ef_r2_true area_r_median area_r
                       "beats_found_video flat_drift swap_follows_donor swap_r_donor swing drift".split(), 1)
 
 
-# ---------------------------------------------------------------------------- left-ventricular masks
-
-@dataclass
-class SegmenterConfig:
-    channels: int = 1           # of the video
-    width: int = 16             # channels of the first level, doubled at each one below
-    levels: int = 3             # resolutions
-
-
-def double_conv(inputs, width):
-    layers = []
-    for n in (inputs, width):
-        layers += [nn.Conv2d(n, width, 3, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU()]
-    return nn.Sequential(*layers)
-
-
-class Segmenter(nn.Module):
-    """U-Net (Ronneberger et al. 2015), frames of any size: (B, C, H, W) in [0, 1] -> logits (B, 1, H, W)."""
-
-    def __init__(self, config):
-        super().__init__()
-        c = self.config = config
-        widths = [c.width * 2 ** i for i in range(c.levels)]
-        self.down = nn.ModuleList(map(double_conv, [c.channels, *widths], widths))
-        self.up = nn.ModuleList(double_conv(a + b, a) for a, b in zip(widths[-2::-1], widths[:0:-1]))
-        self.head = nn.Conv2d(c.width, 1, 1)
-
-    def forward(self, x):
-        skips = []
-        for i, block in enumerate(self.down):
-            x = block(F.max_pool2d(x, 2, ceil_mode=True) if i else x)
-            skips.append(x)
-        for block, skip in zip(self.up, skips[-2::-1]):
-            x = F.interpolate(x, skip.shape[-2:], mode="bilinear", align_corners=False)
-            x = block(torch.cat([skip, x], dim=1))
-        return self.head(x)
-
-
-def largest_part(mask):
-    """The largest connected region of a mask (H, W)."""
-    parts, many = label(mask)
-    return parts == np.bincount(parts.flat)[1:].argmax() + 1 if many > 1 else mask
-
-
-@torch.no_grad()
-def segment(segmenter, video):
-    """video (B, C, T, H, W) in [0, 1] -> masks (B, T, H, W) uint8, one region each; 64 frames at a time."""
-    B, C, T, H, W = video.shape
-    if C != segmenter.config.channels:
-        raise UserError(f"the segmenter takes {segmenter.config.channels} channels, the video has {C}")
-    device = next(segmenter.parameters()).device
-    chunks = video.transpose(1, 2).flatten(0, 1).split(64)                                  # BT C H W
-    masks = torch.cat([(segmenter(x.to(device)) > 0)[:, 0].cpu() for x in chunks]).numpy()  # BT H W
-    return np.stack([largest_part(m) for m in masks]).astype(np.uint8).reshape(B, T, H, W)
-
-
-def segmenter_batch(clips, config, step):
-    """Random frames (B, C, H, W) and masks (B, 1, H, W), a function of (seed, step).
-
-    Gain, gamma and blur vary, so that the U-Net also fits the smoother video of a tokenizer.
-    """
-    rng, B = np.random.default_rng((config.seed, step)), config.batch
-    at = [(i, int(rng.integers(clips[i]["frames"]))) for i in rng.integers(len(clips), size=B).tolist()]
-    x, y = (torch.from_numpy(np.concatenate([clips.per_frame(name, i, t, 1) for i, t in at])).float()
-            for name in ("video", "mask"))
-    vary = rng.uniform([[0.7], [0.7], [0]], [[1.3], [1.4], [1]], (3, B))
-    gain, gamma, soft = torch.from_numpy(vary).float()[..., None, None, None]               # B 1 1 1 each
-    x = x.permute(0, 3, 1, 2) / 255                                                         # B C H W
-    x = x.lerp(gaussian(F.pad(x, (5, 5, 5, 5), mode="replicate")), soft)
-    return (gain * x ** gamma).clamp(0, 1), y[:, None]
-
-
-def train_segmenter(config, device):
-    """Train the U-Net on the train split's masks, write OUT/segmenter.pt, measure it on the val split."""
-    train, val = Clips(config.data, "train"), Clips(config.data, "val")
-    config.split, config.weights = "val", config.out
-    model = Segmenter(SegmenterConfig(train.meta["channels"])).to(device)
-    print(f"{config}\n{parameter_count(model):.2f}M parameters, {len(train)} clips")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
-    log, began = Log(config, "segmenter", 0), time.time()
-    for step in count():
-        done, lr = schedule(config, step, time.time() - began)
-        if done >= 1:
-            break
-        optimizer.param_groups[0]["lr"] = lr
-        x, y = segmenter_batch(train, config, step)
-        logits, y = model(x.to(device)), y.to(device)
-        p = torch.sigmoid(logits)
-        dice = (2 * (p * y).sum((1, 2, 3)) + 1) / ((p + y).sum((1, 2, 3)) + 1)              # B
-        loss = F.binary_cross_entropy_with_logits(logits, y) + 1 - dice.mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 50 == 0:
-            log.bar.set_postfix(log.write(step, loss=loss.item(), lr=lr))
-        log.bar.update()
-    log.bar.close()
-    save_weights(config.out, "segmenter", model, step)
-    return segmenter_figures(model.eval(), val, chosen(val, config.num, config.seed))
-
-
-def segmenter_figures(model, clips, numbers):
-    """Dice of the frames with a ventricle; EF against the true masks' and (_true) the set's own."""
-    dice, found, drawn, known = [], [], [], []
-    for i in tqdm(numbers, desc="val"):
-        row, mask = clips[i], clips.per_frame("mask", i)                                    # T H W
-        guess = segment(model, as_video(clips.per_frame("video", i))[None])[0]
-        both, size = (mask * guess).sum((1, 2)), mask.sum((1, 2), dtype=float)
-        dice.append((2 * both / (size + guess.sum((1, 2)) + 1e-9))[size > 0])
-        ef = [cardiac_cycle(m.sum((1, 2)), disk_volume(m), row["fps"])["ef"] for m in (guess, mask)]
-        if ef[1] is not None:       # a heart that stands still has none
-            found.append(ef[0]), drawn.append(ef[1]), known.append(row["ef"])
-    return {"dice": middle(np.concatenate(dice), np.mean), "clips": len(numbers),
-            **ef_scores(found, drawn), **ef_scores(found, known, "_true")}
-
-
-# ---------------------------------------------------------------------------- curves: volume, beats, EF
-
-SMOOTH_S = 0.1      # half-width of the smoothing: a quadratic fit keeps the extremes that a mean cuts off
-MIN_SWING = 0.05    # an area curve that swings by less than this share of its median shows no beats
-MIN_DEPTH = 0.12    # a beat, an ectopic one too, falls and rises by this share of the curve's swing
-EDGE_S = 0.12       # beats nearer than this to an end of the video do not count
-
-
-def disk_volume(masks, disks=20):
-    """Single-plane method of disks: masks (T, H, W) -> volumes (T,), pi/4 times the sum of d_i^2 h.
-
-    The long axis is the mask's principal axis; d_i is a slice's mean diameter, its area over its height h.
-    """
-    volumes = np.zeros(len(masks))
-    for t, mask in enumerate(masks):
-        at = np.argwhere(mask).astype(float)                                                # N 2
-        if len(at) < 3:
-            continue
-        at -= at.mean(0)
-        along = at @ np.linalg.eigh(at.T @ at)[1][:, -1]                                    # N
-        edges = np.linspace(along.min() - 0.5, along.max() + 0.5, disks + 1)
-        # a pixel has a width: counting the centres in each slice would be wrong by up to 13 % at 64 x 64
-        area = np.diff(np.clip(edges[:, None] - along + 0.5, 0, 1).sum(1))
-        volumes[t] = math.pi / 4 * np.square(area).sum() / (edges[1] - edges[0])
-    return volumes
-
-
-def smooth(curve, fps):
-    """Savitzky-Golay filter (quadratic, 2 SMOOTH_S long) of a curve (T,)."""
-    return savgol_filter(np.asarray(curve, float), 2 * max(1, round(SMOOTH_S * fps)) + 1, 2, mode="nearest")
-
-
-def swing(curve, fps):
-    """95th minus 5th percentile of the smoothed curve."""
-    return np.subtract(*np.percentile(smooth(curve, fps), [95, 5]))
-
-
-def cardiac_cycle(area, volume, fps):
-    """LV area and volume (T,) -> {"ed_frames", "es_frames": lists of int, "ef": points or None}.
-
-    ED and ES are the prominent maxima and minima of the smoothed area, EDGE_S or more from its ends. EF is
-    the median of (EDV - ESV) / EDV over neighbouring ED and ES, shallow (ectopic) beats left out. A curve
-    that hardly swings, or no more than its own noise makes it, has no beats: a constant curve must not score.
-    """
-    a, v = smooth(area, fps), smooth(volume, fps)
-    height, noise, edge = swing(area, fps), np.std(area - a), round(EDGE_S * fps)
-    if height <= max(MIN_SWING * np.median(a), 6 * noise):      # white noise alone gives 3.2 of its own
-        return {"ed_frames": [], "es_frames": [], "ef": None}
-    extremes = []
-    for x in (a, -a):       # what came before the first frame is not known: there, to fall is enough
-        at = find_peaks(np.append(x.min(), x), prominence=MIN_DEPTH * height)[0] - 1
-        extremes.append(at[(at >= edge) & (at < len(a) - edge)].tolist())
-    ed, es = extremes
-    order = sorted(ed + es)
-    pairs = [sorted(pair, key=a.__getitem__) for pair in zip(order, order[1:])]
-    efs = [100 * (v[d] - v[s]) / v[d] for s, d in pairs if a[d] - a[s] > 0.3 * height and v[d] > 0]
-    return {"ed_frames": ed, "es_frames": es, "ef": float(np.median(efs)) if efs else None}
-
-
-def ef_scores(found, target, suffix=""):
-    """R2, MAE, RMSE of EFs, points. Unknown targets are left out; a video without beats ejects nothing."""
-    pairs = np.array([(f or 0, t) for f, t in zip(found, target) if not math.isnan(t)]).reshape(-1, 2)
-    error = pairs[:, 0] - pairs[:, 1]
-    mse = middle(np.square(error), np.mean)
-    return {f"ef_r2{suffix}": 1 - ratio(mse, middle(pairs[:, 1], np.var)),
-            f"ef_mae{suffix}": middle(np.abs(error), np.mean), f"ef_rmse{suffix}": mse ** 0.5}
-
-
-def middle(values, statistic=np.median):
-    """The median (or mean, ...) of values; nan of none."""
-    return float(statistic(values)) if len(values) else math.nan
-
-
-def ratio(a, b):
-    return a / b if b else math.nan
-
-
 # ---------------------------------------------------------------------------- reading the set
-
-def chosen(clips, num, seed):
-    """Numbers of `num` clips, drawn by the seed; all where num is 0."""
-    return sorted(np.random.default_rng(seed).permutation(len(clips))[:num or None].tolist())
-
 
 def windows(clips, numbers, frames, channels):
     """Each clip cut into consecutive windows: yields (windows, channels, frames, H, W)."""
@@ -560,8 +356,7 @@ def sync(config, device):
 
 # ---------------------------------------------------------------------------- command line
 
-MODES = {"segmenter": train_segmenter, "reconstruction": reconstruction, "ef": ejection_fraction,
-         "sync": sync}
+MODES = {"reconstruction": reconstruction, "ef": ejection_fraction, "sync": sync}
 
 
 def split_targets(argv, keys):

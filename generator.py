@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.clips import ECG_HZ, LEADS, UserError, cut_ecg, parse_flags, run_main
+from data.clips import ECG_HZ, LEADS, cut_ecg
+from data.flags import UserError, parse_flags, run_main
 from tokenizer import Block, index_to_bits, parameter_count
 
 TIME_UNIT = 0.04        # seconds; rotary periods run from 2 to 200 of it, 80 ms to 8 s

@@ -1,7 +1,7 @@
 """An ECG goes in, an echocardiogram in step with it comes out (ECHOPulse section 3.3).
 
     python sample.py                                              # 64 frames from a built-in ECG
-    python sample.py --ecg=watch.csv --frames=256                 # any ECG file that ecg_encoder.py reads
+    python sample.py --ecg=watch.csv --frames=256                 # any ECG file that data/ecg_files.py reads
     python sample.py --ecg=beat.npy --ecg_hz=192 --image=echo.png # one beat, repeated; a first frame
 
 Writes OUT/NAME.npy (T, H, W, C) uint8, NAME.gif and NAME.mp4 (the echo over its ECG), and report.json. Time 0
@@ -21,14 +21,18 @@ from pathlib import Path
 import imageio
 import numpy as np
 import torch
-from PIL import GifImagePlugin, Image
+from PIL import Image
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
-from data.clips import ECG_HZ, LEADS, UserError, parse_flags, run_main
+from data.clips import ECG_HZ, LEADS
+from data.ecg import clean_ecg, find_r_peaks, go_on
+from data.ecg_files import read_ecg
+from data.flags import UserError, parse_flags, run_main
+from data.heart import cardiac_cycle, disk_volume, segment
 from data.phantom import make_ecg
-from ecg_encoder import clean_ecg, find_r_peaks, read_ecg
-from evaluate import cardiac_cycle, disk_volume, load_models, segment
+from data.picture import draw_strip, gif_frame
+from evaluate import load_models
 from generator import stream_video
 
 
@@ -52,23 +56,6 @@ class SampleConfig:
 
 
 # ---------------------------------------------------------------------------- what goes in
-
-def go_on(ecg, first, samples):
-    """Samples first .. first + samples of an ECG (L, N) that goes on before its start and after its end.
-
-    There it repeats itself from the first R peak to the last, so that the rhythm stays, or as a whole where
-    it has fewer than two R peaks (a trace of about one beat).
-    """
-    N, beats = ecg.shape[1], np.round(find_r_peaks(ecg) * ECG_HZ).astype(int)
-    lo, hi = (beats[0], beats[-1]) if len(beats) > 1 else (0, N)
-    at = np.arange(first, first + samples)
-    at = np.where((at >= 0) & (at < N), at, lo + (at - lo) % (hi - lo))
-    longer = ecg[:, at]
-    for seam in np.flatnonzero(np.diff(at) != 1) + 1:
-        ramp = np.linspace(0, 1, min(12, seam))             # closes the step within 48 ms, half a QRS
-        longer[:, seam - len(ramp):seam] += (longer[:, seam] - longer[:, seam - 1])[:, None] * ramp
-    return longer
-
 
 def load_ecg(config, margin):
     """The ECG from `margin` seconds before the video to as many after it: cleaned (L, N), the names of its
@@ -118,49 +105,6 @@ def check_flags(config, window, patch_t, span):
 
 
 # ---------------------------------------------------------------------------- what comes out
-
-SCROLL_S = 4.0      # a longer video shows so many seconds of its ECG, a shorter one all of it
-BACK, GRID, AHEAD, PAST, PEAK, CURSOR = np.array(
-    [(12, 15, 19), (25, 31, 38), (56, 100, 90), (104, 240, 174), (255, 176, 76), (232, 236, 240)], np.float32)
-
-
-def draw_strip(now, seconds, time, curve, r_peaks, height, width):
-    """The ECG at `now` seconds, uint8 (height, width, 3): bright where shown, R peaks ticked, a cursor.
-
-    curve (N,): row at the instants time (N,). A pixel takes on a colour as far as a shape covers it.
-    """
-    span = min(seconds, SCROLL_S)
-    left = np.clip(now - span / 2, 0, seconds - span)
-    x, row, image = np.arange(width) + 0.5, np.arange(height)[:, None], np.tile(BACK, (height, width, 1))
-    cursor = (now - left) / span * width
-
-    def paint(cover, colour, rows=slice(None)):
-        image[rows] += np.clip(cover, 0, 1)[..., None] * (colour - image[rows])
-
-    def upright(t, half):                                                                   # lines at t: w
-        t = np.append(t[np.abs(t - now) <= span], 1e6)
-        return np.clip(half + 0.5 - np.abs(x[:, None] - (t - left) / span * width).min(1), 0, 1)
-
-    paint(upright(0.2 * np.arange(left // 0.2, (left + span) // 0.2 + 1), 0.5), GRID)
-    # in each column the curve covers the rows from its lowest to its highest at nine instants
-    y = np.interp(left + np.arange(8 * width + 1) / (8 * width) * span, time, curve)
-    y = np.stack([y[i:i + 8 * width:8] for i in range(9)])                                  # 9 w
-    past = np.clip(cursor - x + 0.5, 0, 1)[:, None]                                         # w 1
-    cover = np.minimum(row + 1, y.max(0) + 0.8) - np.maximum(row, y.min(0) - 0.8)           # h w
-    paint(cover, AHEAD + past * (PAST - AHEAD))
-    paint(upright(r_peaks, 0.8), AHEAD + past * (PEAK - AHEAD), slice(3, 9))
-    paint(0.6 * np.clip(1 - np.abs(x - cursor), 0, 1), CURSOR)
-    paint(3.5 - np.hypot(x - cursor, row + 0.5 - np.interp(now, time, curve)), CURSOR)
-    return image.round().astype(np.uint8)
-
-
-def gif_frame(picture, k, fps):
-    """Frame k of a GIF as bytes, from Pillow's parts: its whole writer keeps all frames until the end."""
-    image = Image.fromarray(picture).quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    head = GifImagePlugin.getheader(image, info={"loop": 0})[0] if k == 0 else []
-    ms = 10 * (round(100 * (k + 1) / fps) - round(100 * k / fps))   # GIF counts in 10 ms; no error adds up
-    return b"".join(head + GifImagePlugin.getdata(image, duration=ms, include_color_table=True))
-
 
 def figures(area, volume, r_peaks, frames, fps):
     """Beats and EF of a video, for its report; None = there are none."""

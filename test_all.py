@@ -21,11 +21,14 @@ import evaluate
 import sample
 import train_generator
 import train_tokenizer
-from data import echonet_dynamic, webvid
-from data.clips import (LEADS, Clips, RandomWindows, UserError, as_video, batches, cut_ecg, field_comments,
-                        parse_flags, prepare, vary_video)
+from data import echonet_dynamic, heart, runs, webvid
+from data.clips import LEADS, Clips, RandomWindows, as_video, batches, cut_ecg, vary_video
+from data.ecg import clean_ecg, find_r_peaks, redraw_ecg
+from data.ecg_files import read_ecg
+from data.flags import UserError, field_comments, parse_flags
 from data.phantom import make_clip, make_ecg
-from ecg_encoder import EcgConfig, EcgEncoder, MaskedAutoencoder, clean_ecg, find_r_peaks, read_ecg
+from data.prepare import prepare
+from ecg_encoder import EcgConfig, EcgEncoder, MaskedAutoencoder
 from generator import Generator, GeneratorConfig, condition, fill_in, guide, masked_share, stream_video
 from tokenizer import (LFQ, Tokenizer, TokenizerConfig, adapters, add_lora, bits_to_index, index_to_bits,
                        joint, merge, patchify)
@@ -338,7 +341,7 @@ def weights(phantom, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "tiny"
     for stage in SMALL:
         call(TRAINERS[stage].main, *train_flags(stage, phantom, out, out), "--steps=4")
-    assert call(evaluate.main, "segmenter", f"--data={phantom}", f"--out={out}", "--steps=4") == 0
+    call(heart.main, f"--data={phantom}", f"--out={out}", "--steps=4")
     return out
 
 
@@ -416,8 +419,8 @@ def test_checkpoint_cut_in_half_is_refused(weights, tmp_path):
     whole, foreign = ((weights / f"{stage}.pt").read_bytes() for stage in ("tokenizer", "generator"))
     for content, reason in ((whole[:len(whole) // 2], "damaged"), (foreign, "holds no tokenizer")):
         (tmp_path / "tokenizer.pt").write_bytes(content)
-        refused(reason, train_tokenizer.load_weights, tmp_path, *TOKENIZER)
-    refused("dim=32, the flags say 128", train_tokenizer.load_weights, weights, *TOKENIZER, TokenizerConfig())
+        refused(reason, runs.load_weights, tmp_path, *TOKENIZER)
+    refused("dim=32, the flags say 128", runs.load_weights, weights, *TOKENIZER, TokenizerConfig())
 
 
 # ---------------------------------------------------------------------------- data
@@ -612,10 +615,10 @@ def test_redrawn_ecg_keeps_its_beats():
     e = make_ecg(0, 20, hr=70)
     clean, beats = clean_ecg(e.ecg.T[1:2]), (e.r_peaks[1:-1, None] * 250 + np.arange(-75, 76)).astype(int)
     for seed in range(40):
-        x = ecg_encoder.redraw_ecg(clean, np.random.default_rng(seed), share=1)
+        x = redraw_ecg(clean, np.random.default_rng(seed), share=1)
         steepest = np.abs(np.gradient(x[0]))[beats].argmax(1) - 75
         assert np.abs(steepest).max() <= 0.06 * 250 and np.abs(x - clean).max() > 0.1
-    assert ecg_encoder.redraw_ecg(clean, np.random.default_rng(0), share=0) is clean
+    assert redraw_ecg(clean, np.random.default_rng(0), share=0) is clean
 
 
 def test_ecg_encoder():
@@ -726,13 +729,13 @@ def test_measures():
     assert evaluate.rate_distortion_bound(np.eye(4), 8) == pytest.approx(2 ** -4)      # D = 2^(-2 R / n)
     y, x = np.mgrid[:64, :64] - 32.0
     ellipse = (x / 12) ** 2 + (y / 24) ** 2 < 1
-    assert evaluate.disk_volume(ellipse[None])[0] == pytest.approx(4 / 3 * np.pi * 12 * 12 * 24, rel=0.03)
+    assert heart.disk_volume(ellipse[None])[0] == pytest.approx(4 / 3 * np.pi * 12 * 12 * 24, rel=0.03)
     time, noise = np.arange(128) / 25, np.random.default_rng(0).standard_normal(128)
     area = 400 + 100 * np.cos(2 * np.pi * 1.2 * (time - 0.3)) + 4 * noise
-    cycle = evaluate.cardiac_cycle(area, area ** 1.5, 25)
+    cycle = heart.cardiac_cycle(area, area ** 1.5, 25)
     assert np.array(cycle["ed_frames"]) / 25 == pytest.approx(0.3 + np.arange(6) / 1.2, abs=0.05)
     assert cycle["ef"] == pytest.approx(100 * (1 - (300 / 500) ** 1.5), abs=4)
-    assert evaluate.cardiac_cycle(400 + 4 * noise, 400 + noise, 25)["ed_frames"] == []
+    assert heart.cardiac_cycle(400 + 4 * noise, 400 + noise, 25)["ed_frames"] == []
     assert evaluate.lag_ms(np.roll(area, 5), area, 25) == pytest.approx(200, abs=10)
 
 
@@ -750,7 +753,7 @@ def test_evaluate_modes(mode, target, missed, figures, phantom, weights, tmp_pat
 def test_shipped_tokens_and_size():
     """Weights that no longer fit the code: the tokens of a clip of the phantom, as they were when shipped."""
     assert sum(f.stat().st_size for f in (HERE / "weights").iterdir()) < 16 * 2 ** 20
-    model = train_tokenizer.load_weights(HERE / "weights", *TOKENIZER).eval()
+    model = runs.load_weights(HERE / "weights", *TOKENIZER).eval()
     video = as_video(make_clip((0, 2, 0), frames=11)["video"])[None]
     index = model.encode(video)
     assert index[0, 3, 3].tolist() == GOLDEN and (model.decode(index) - video).square().mean() < 0.01

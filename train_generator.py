@@ -20,12 +20,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import generator
-from data.clips import Clips, RandomWindows, batches, parse_flags, run_main
-from ecg_encoder import EcgConfig, EcgEncoder, clean_ecg, redraw_ecg
+from data.clips import Clips, RandomWindows, batches
+from data.ecg import clean_ecg, redraw_ecg
+from data.flags import parse_flags, run_main
+from data.runs import (Log, all_mean, check_out, ema_update, init_distributed, load_state, load_weights,
+                       model_config, save_state, save_weights, schedule, update)
+from ecg_encoder import EcgConfig, EcgEncoder
 from generator import Generator, GeneratorConfig, check_fits, condition, masked_share
 from tokenizer import Tokenizer, TokenizerConfig, parameter_count
-from train_tokenizer import (Log, all_mean, check_out, ema_update, init_distributed, load_state, load_weights,
-                             model_config, save_state, save_weights, schedule, update)
 
 
 @dataclass

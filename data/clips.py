@@ -9,28 +9,19 @@
 
 Frame k shows t = k / fps seconds, ECG sample j shows t = ecg_offset_s + j / 250. Every random draw of a
 training is a function of (seed, item number): the same for any number of processes, resumed without state.
-
-The command-line flags that all scripts share are parsed here too, from the comments of a dataclass.
 """
 import csv
-import inspect
 import json
 import math
-import os
 import re
-import shutil
-import sys
-from dataclasses import fields
-from functools import partial
 from itertools import count
-from multiprocessing import get_context
 from pathlib import Path
-from typing import get_type_hints
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+
+from data.flags import UserError
 
 ECG_HZ = 250
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
@@ -38,184 +29,8 @@ COLUMNS = ("id", "start", "frames", "fps", "ecg_start", "ecg_samples", "ecg_offs
            "esv_ml", "text", "r_peaks_s")
 INTEGERS = ("start", "frames", "ecg_start", "ecg_samples")
 REALS = ("fps", "ecg_offset_s", "ef", "edv_ml", "esv_ml")
-
-
-# ---------------------------------------------------------------------------- flags and one-line errors
-
-class UserError(Exception):
-    """What the user can mend: shown as one line on stderr, exit code 2."""
-
-
-def run_main(main):
-    """Call main(); a UserError becomes its one line and exit code 2."""
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def field_comments(config):
-    """{field name: the comment on its line}, read from the source of a dataclass and those it extends."""
-    comments = {}
-    for cls in reversed(config.__mro__[:-1]):
-        comments |= dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", inspect.getsource(cls), re.M))
-    return comments
-
-
-def parse_value(key, text, kind):
-    """The text of --key=text as an int, float, bool or str."""
-    try:
-        if kind is bool:
-            return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
-        value = kind(text)
-        if kind is float and not math.isfinite(value):
-            raise ValueError
-        return value
-    except (ValueError, KeyError):
-        name = {int: "a whole number", float: "a number", bool: "0 or 1"}[kind]
-        raise UserError(f"--{key}={text}: expected {name}") from None
-
-
-def parse_flags(config, presets=None, argv=None):
-    """Fill the dataclass `config` from --key=value flags; --help lists its fields with their comments.
-
-    presets: {name: {field: value}}, taken by --preset=NAME before all other flags.
-    Raises UserError for an unknown key or a value of the wrong kind.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    kinds, given = get_type_hints(config), {}
-    if "--help" in argv or "-h" in argv:
-        print(sys.modules[config.__module__].__doc__, "\nflags:")
-        if presets:
-            print(f"  --preset={'|'.join(presets)}")
-        comments = field_comments(config)
-        for f in fields(config):
-            print(f"  --{f.name}={f.default:<24}  {comments.get(f.name, '')}" if isinstance(f.default, str)
-                  else f"  --{f.name}={f.default!s:<24}  {comments.get(f.name, '')}")
-        sys.exit(0)
-    for arg in argv:
-        key, equals, text = arg.removeprefix("--").partition("=")
-        known = key in kinds or (presets and key == "preset")
-        if not (arg.startswith("--") and known):
-            raise UserError(f"unknown argument {arg!r} (flags are --key=value; --help lists them)")
-        if not equals and kinds.get(key) is not bool:
-            raise UserError(f"{arg} needs a value: --{key}=...")
-        given[key] = text if equals else "1"
-    preset = given.pop("preset", None)
-    if preset is not None and preset not in presets:
-        raise UserError(f"--preset={preset}: choose one of {', '.join(presets)}")
-    settings = dict(presets[preset]) if preset else {}
-    return config(**settings | {key: parse_value(key, text, kinds[key]) for key, text in given.items()})
-
-
-# ---------------------------------------------------------------------------- writing
-
 ARRAYS = {"video": np.uint8, "ecg": np.float32, "mask": np.uint8, "volume": np.float32}
 
-
-class Writer:
-    """Write a SPLIT folder clip by clip, as FOLDER.part, renamed by close() when it is whole.
-
-    add(video=(T, H, W, C) uint8, ecg=(N, L) mV, id=..., fps=..., ecg_offset_s=..., ...): the arrays of ARRAYS
-    (video required), any other key is a column of clips.csv.
-    """
-
-    def __init__(self, folder):
-        self.folder, self.part = Path(folder), Path(f"{folder}.part")
-        shutil.rmtree(self.part, ignore_errors=True)
-        self.part.mkdir(parents=True)
-        self.files, self.shapes, self.rows = {}, {}, []
-
-    def add(self, **clip):
-        starts = {name: self.append(name, clip.pop(name)) for name in ARRAYS if clip.get(name) is not None}
-        row = {"start": starts["video"][0], "frames": starts["video"][1]} | clip
-        if "ecg" in starts:
-            row |= {"ecg_start": starts["ecg"][0], "ecg_samples": starts["ecg"][1]}
-        self.rows.append(row)
-
-    def append(self, name, array):
-        """Append to NAME.npy; returns (first row, number of rows)."""
-        array = np.ascontiguousarray(array, ARRAYS[name])
-        if name not in self.files:
-            self.files[name] = open(self.part / f"{name}.npy", "wb")
-            self.shapes[name] = [0, *array.shape[1:]]
-            self.header(name)
-        start = self.shapes[name][0]
-        self.shapes[name][0] += len(array)
-        self.files[name].write(array.data)
-        return start, len(array)
-
-    def header(self, name):
-        """numpy leaves room in the header for the first axis to grow, so it can be rewritten at the end."""
-        descr = np.lib.format.dtype_to_descr(np.dtype(ARRAYS[name]))
-        np.lib.format.write_array_header_1_0(self.files[name], {"descr": descr, "fortran_order": False,
-                                                                "shape": tuple(self.shapes[name])})
-
-    def close(self):
-        for name, file in self.files.items():
-            file.seek(0)
-            self.header(name)
-            file.close()
-        with open(self.part / "clips.csv", "w", newline="") as file:
-            table = csv.DictWriter(file, COLUMNS, restval="")
-            table.writeheader()
-            table.writerows(self.rows)
-        os.rename(self.part, self.folder)
-
-
-def attempt(make, job):
-    """make(job), or the UserError that says why there is no such clip."""
-    try:
-        return make(job)
-    except UserError as error:
-        return error
-
-
-def prepare(out, meta, jobs, make, workers=0, shard=2000):
-    """Write the prepared set OUT: the clip make(job), as Writer.add takes it, of every job of {split: jobs}.
-
-    Works in parallel with a progress bar, on OUT.part, renamed when whole. A split of more than `shard` clips
-    becomes several folders; after a crash the same command goes on behind the last whole one. A job that
-    raises UserError is left out and listed in skipped.txt beside the clips.
-    """
-    out, part, meta = Path(out), Path(f"{out}.part"), meta | {"ecg_hz": ECG_HZ}
-    if out.exists():
-        raise UserError(f"{out} exists already; remove it or choose another --out")
-    about = json.dumps(meta, indent=1) + "\n"
-    part.mkdir(parents=True, exist_ok=True)
-    if (part / "meta.json").exists() and (part / "meta.json").read_text() != about:
-        raise UserError(f"{part} was begun by another command; remove it or choose another --out")
-    (part / "meta.json").write_text(about)
-    shards = {f"{split}-{k // shard:05d}" if len(todo) > shard else split: todo[k:k + shard]
-              for split, todo in jobs.items() for k in range(0, len(todo), shard)}
-    os.environ |= {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}     # for the workers
-    bar = tqdm(total=sum(map(len, shards.values())), unit="clip")
-    with get_context("spawn").Pool(workers or os.cpu_count()) as pool, bar:
-        for name, todo in shards.items():
-            if (part / name).exists():
-                bar.update(len(todo))
-                continue
-            writer, skipped = Writer(part / name), []
-            for clip in pool.imap(partial(attempt, make), todo, chunksize=4):
-                skipped.append(str(clip)) if isinstance(clip, UserError) else writer.add(**clip)
-                bar.update()
-            if skipped:
-                (writer.part / "skipped.txt").write_text("\n".join(skipped) + "\n")
-            writer.close()
-    skipped = [line for file in sorted(part.glob("*/skipped.txt")) for line in file.read_text().splitlines()]
-    for name in [name for name in shards if not (part / name / "video.npy").exists()]:
-        shutil.rmtree(part / name)          # a shard without a clip
-    if not any(part.glob("*/video.npy")):
-        shutil.rmtree(part)
-        raise UserError(f"no clip could be made; the first reason: {skipped[0] if skipped else 'no jobs'}")
-    os.rename(part, out)
-    if skipped:
-        print(f"{len(skipped)} left out, listed in {out}/SPLIT/skipped.txt; the first: {skipped[0]}",
-              file=sys.stderr)
-
-
-# ---------------------------------------------------------------------------- reading
 
 class Shard:
     """One SPLIT folder: the columns of clips.csv as lists, its arrays memory-mapped."""
@@ -307,6 +122,11 @@ class Clips:
         first, length = shard.columns["ecg_start"][j], shard.columns["ecg_samples"][j]
         ecg = np.array(shard.arrays["ecg"][first:first + length]).T
         return ecg if leads is None else ecg[leads]
+
+
+def chosen(clips, num, seed):
+    """Numbers of `num` clips, drawn by the seed; all where num is 0."""
+    return sorted(np.random.default_rng(seed).permutation(len(clips))[:num or None].tolist())
 
 
 def cut_ecg(ecg, first, samples):

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from data.clips import UserError, parse_flags, prepare, run_main
+from data.flags import UserError, parse_flags, run_main
+from data.prepare import prepare
 from data.webvid import read_video
 
 

@@ -24,7 +24,9 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.sparse import csr_matrix
 from scipy.spatial.transform import Rotation
 
-from data.clips import ECG_HZ, LEADS, UserError, parse_flags, prepare, run_main
+from data.clips import ECG_HZ, LEADS
+from data.flags import UserError, parse_flags, run_main
+from data.prepare import prepare
 
 
 @dataclass

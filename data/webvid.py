@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.clips import UserError, parse_flags, prepare, run_main
+from data.flags import UserError, parse_flags, run_main
+from data.prepare import prepare
 
 
 @dataclass

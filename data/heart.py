@@ -1,0 +1,235 @@
+"""The left ventricle in a video: masks by a small U-Net, its volume, its beats, its ejection fraction.
+
+    video (B, C, T, H, W) in [0, 1]  ->  masks (B, T, H, W)  ->  area, volume (T,)  ->  ED and ES frames, EF
+
+Run it to train the U-Net on a set's masks; writes OUT/segmenter.pt, prints its Dice on the val split:
+
+    python -m data.heart --data=datasets/phantom --out=runs/demo --minutes=2
+"""
+import math
+import time
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter, label
+from scipy.signal import find_peaks, savgol_filter
+from torch import nn
+from tqdm import tqdm
+
+from data.clips import Clips, as_video, chosen
+from data.flags import UserError, parse_flags, run_main
+from data.runs import Log, init_distributed, save_weights, schedule
+
+
+# ---------------------------------------------------------------------------- masks
+
+@dataclass
+class SegmenterConfig:
+    channels: int = 1           # of the video
+    width: int = 16             # channels of the first level, doubled at each one below
+    levels: int = 3             # resolutions
+
+
+def double_conv(inputs, width):
+    layers = []
+    for n in (inputs, width):
+        layers += [nn.Conv2d(n, width, 3, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class Segmenter(nn.Module):
+    """U-Net (Ronneberger et al. 2015), frames of any size: (B, C, H, W) in [0, 1] -> logits (B, 1, H, W)."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        widths = [c.width * 2 ** i for i in range(c.levels)]
+        self.down = nn.ModuleList(map(double_conv, [c.channels, *widths], widths))
+        self.up = nn.ModuleList(double_conv(a + b, a) for a, b in zip(widths[-2::-1], widths[:0:-1]))
+        self.head = nn.Conv2d(c.width, 1, 1)
+
+    def forward(self, x):
+        skips = []
+        for i, block in enumerate(self.down):
+            x = block(F.max_pool2d(x, 2, ceil_mode=True) if i else x)
+            skips.append(x)
+        for block, skip in zip(self.up, skips[-2::-1]):
+            x = F.interpolate(x, skip.shape[-2:], mode="bilinear", align_corners=False)
+            x = block(torch.cat([skip, x], dim=1))
+        return self.head(x)
+
+
+def largest_part(mask):
+    """The largest connected region of a mask (H, W)."""
+    parts, many = label(mask)
+    return parts == np.bincount(parts.flat)[1:].argmax() + 1 if many > 1 else mask
+
+
+@torch.no_grad()
+def segment(segmenter, video):
+    """video (B, C, T, H, W) in [0, 1] -> masks (B, T, H, W) uint8, one region each; 64 frames at a time."""
+    B, C, T, H, W = video.shape
+    if C != segmenter.config.channels:
+        raise UserError(f"the segmenter takes {segmenter.config.channels} channels, the video has {C}")
+    device = next(segmenter.parameters()).device
+    chunks = video.transpose(1, 2).flatten(0, 1).split(64)                                  # BT C H W
+    masks = torch.cat([(segmenter(x.to(device)) > 0)[:, 0].cpu() for x in chunks]).numpy()  # BT H W
+    return np.stack([largest_part(m) for m in masks]).astype(np.uint8).reshape(B, T, H, W)
+
+
+# ---------------------------------------------------------------------------- volume, beats, EF
+
+SMOOTH_S = 0.1      # half-width of the smoothing: a quadratic fit keeps the extremes that a mean cuts off
+MIN_SWING = 0.05    # an area curve that swings by less than this share of its median shows no beats
+MIN_DEPTH = 0.12    # a beat, an ectopic one too, falls and rises by this share of the curve's swing
+EDGE_S = 0.12       # beats nearer than this to an end of the video do not count
+
+
+def disk_volume(masks, disks=20):
+    """Single-plane method of disks: masks (T, H, W) -> volumes (T,), pi/4 times the sum of d_i^2 h.
+
+    The long axis is the mask's principal axis; d_i is a slice's mean diameter, its area over its height h.
+    """
+    volumes = np.zeros(len(masks))
+    for t, mask in enumerate(masks):
+        at = np.argwhere(mask).astype(float)                                                # N 2
+        if len(at) < 3:
+            continue
+        at -= at.mean(0)
+        along = at @ np.linalg.eigh(at.T @ at)[1][:, -1]                                    # N
+        edges = np.linspace(along.min() - 0.5, along.max() + 0.5, disks + 1)
+        # a pixel has a width: counting the centres in each slice would be wrong by up to 13 % at 64 x 64
+        area = np.diff(np.clip(edges[:, None] - along + 0.5, 0, 1).sum(1))
+        volumes[t] = math.pi / 4 * np.square(area).sum() / (edges[1] - edges[0])
+    return volumes
+
+
+def smooth(curve, fps):
+    """Savitzky-Golay filter (quadratic, 2 SMOOTH_S long) of a curve (T,)."""
+    return savgol_filter(np.asarray(curve, float), 2 * max(1, round(SMOOTH_S * fps)) + 1, 2, mode="nearest")
+
+
+def swing(curve, fps):
+    """95th minus 5th percentile of the smoothed curve."""
+    return np.subtract(*np.percentile(smooth(curve, fps), [95, 5]))
+
+
+def cardiac_cycle(area, volume, fps):
+    """LV area and volume (T,) -> {"ed_frames", "es_frames": lists of int, "ef": points or None}.
+
+    ED and ES are the prominent maxima and minima of the smoothed area, EDGE_S or more from its ends. EF is
+    the median of (EDV - ESV) / EDV over neighbouring ED and ES, shallow (ectopic) beats left out. A curve
+    that hardly swings, or no more than its own noise makes it, has no beats: a constant curve must not score.
+    """
+    a, v = smooth(area, fps), smooth(volume, fps)
+    height, noise, edge = swing(area, fps), np.std(area - a), round(EDGE_S * fps)
+    if height <= max(MIN_SWING * np.median(a), 6 * noise):      # white noise alone gives 3.2 of its own
+        return {"ed_frames": [], "es_frames": [], "ef": None}
+    extremes = []
+    for x in (a, -a):       # what came before the first frame is not known: there, to fall is enough
+        at = find_peaks(np.append(x.min(), x), prominence=MIN_DEPTH * height)[0] - 1
+        extremes.append(at[(at >= edge) & (at < len(a) - edge)].tolist())
+    ed, es = extremes
+    order = sorted(ed + es)
+    pairs = [sorted(pair, key=a.__getitem__) for pair in zip(order, order[1:])]
+    efs = [100 * (v[d] - v[s]) / v[d] for s, d in pairs if a[d] - a[s] > 0.3 * height and v[d] > 0]
+    return {"ed_frames": ed, "es_frames": es, "ef": float(np.median(efs)) if efs else None}
+
+
+def ef_scores(found, target, suffix=""):
+    """R2, MAE, RMSE of EFs, points. Unknown targets are left out; a video without beats ejects nothing."""
+    pairs = np.array([(f or 0, t) for f, t in zip(found, target) if not math.isnan(t)]).reshape(-1, 2)
+    error = pairs[:, 0] - pairs[:, 1]
+    mse = middle(np.square(error), np.mean)
+    return {f"ef_r2{suffix}": 1 - ratio(mse, middle(pairs[:, 1], np.var)),
+            f"ef_mae{suffix}": middle(np.abs(error), np.mean), f"ef_rmse{suffix}": mse ** 0.5}
+
+
+def middle(values, statistic=np.median):
+    """The median (or mean, ...) of values; nan of none."""
+    return float(statistic(values)) if len(values) else math.nan
+
+
+def ratio(a, b):
+    return a / b if b else math.nan
+
+
+# ---------------------------------------------------------------------------- training the U-Net
+
+@dataclass
+class TrainConfig(SegmenterConfig):
+    data: str = "datasets/phantom"  # prepared data set with masks
+    out: str = "runs/demo"      # folder for segmenter.pt
+    steps: int = 0              # stop after so many steps; 0 = after --minutes
+    minutes: float = 2          # stop after so many minutes of training
+    batch: int = 16             # frames of one step
+    lr: float = 3e-3            # peak learning rate of AdamW; linear warm-up, then cosine to a twentieth
+    warmup: int = 50            # steps of warm-up
+    num: int = 0                # clips of the val split that are measured; 0 = all
+    seed: int = 0               # of weights and data
+
+
+def random_frames(clips, config, step):
+    """Frames (B, C, H, W) and masks (B, 1, H, W), a function of (seed, step).
+
+    Gain, gamma and blur vary, so that the U-Net also fits the smoother video of a tokenizer.
+    """
+    rng, B = np.random.default_rng((config.seed, step)), config.batch
+    at = [(i, int(rng.integers(clips[i]["frames"]))) for i in rng.integers(len(clips), size=B).tolist()]
+    x, y = (np.concatenate([clips.per_frame(name, i, t, 1) for i, t in at]).astype(np.float32)
+            for name in ("video", "mask"))
+    gain, gamma, soft = rng.uniform([[0.7], [0.7], [0]], [[1.3], [1.4], [1]], (3, B))[..., None, None, None]
+    x = x / 255
+    x = x + soft * (gaussian_filter(x, 1.5, axes=(1, 2), mode="nearest") - x)               # B H W C
+    x = torch.from_numpy((gain * x ** gamma).clip(0, 1)).float().permute(0, 3, 1, 2)        # B C H W
+    return x, torch.from_numpy(y)[:, None]
+
+
+def measure_segmenter(model, clips, numbers):
+    """Dice of the frames that have a ventricle; EF against that of the true masks, measured alike."""
+    dice, found, drawn = [], [], []
+    for i in tqdm(numbers, desc="val"):
+        mask, fps = clips.per_frame("mask", i), clips[i]["fps"]                             # T H W
+        guess = segment(model, as_video(clips.per_frame("video", i))[None])[0]
+        both, size = (mask * guess).sum((1, 2)), mask.sum((1, 2), dtype=float)
+        dice.append((2 * both / (size + guess.sum((1, 2)) + 1e-9))[size > 0])
+        ef = [cardiac_cycle(m.sum((1, 2)), disk_volume(m), fps)["ef"] for m in (guess, mask)]
+        if ef[1] is not None:       # a heart that stands still has none
+            found.append(ef[0]), drawn.append(ef[1])
+    return {"dice": middle(np.concatenate(dice), np.mean), **ef_scores(found, drawn), "clips": len(numbers)}
+
+
+def main():
+    config = parse_flags(TrainConfig)
+    device = init_distributed(config.seed)[0]
+    train, val = (Clips(config.data, split) for split in ("train", "val"))
+    model = Segmenter(SegmenterConfig(train.meta["channels"], config.width, config.levels)).to(device)
+    print(f"{config}\n{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(train)} clips")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+    log, began = Log(config, "segmenter", 0), time.time()
+    for step in count():
+        done, lr = schedule(config, step, time.time() - began)
+        if done >= 1:
+            break
+        optimizer.param_groups[0]["lr"] = lr
+        x, y = (v.to(device) for v in random_frames(train, config, step))
+        logits = model(x)
+        p = torch.sigmoid(logits)
+        dice = (2 * (p * y).sum((1, 2, 3)) + 1) / ((p + y).sum((1, 2, 3)) + 1)              # B
+        loss = F.binary_cross_entropy_with_logits(logits, y) + 1 - dice.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            log.bar.set_postfix(log.write(step, loss=loss.item(), lr=lr))
+        log.bar.update()
+    save_weights(config.out, "segmenter", model, step)
+    figures = measure_segmenter(model.eval(), val, chosen(val, config.num, config.seed))
+    log.close(f"segmenter.pt: {step} steps, {log.write(step, **figures)}")
+
+
+if __name__ == "__main__":
+    run_main(main)
