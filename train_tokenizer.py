@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch._functorch import config as functorch
 from torch.nn.parallel import DistributedDataParallel
 
 import tokenizer
@@ -252,6 +253,7 @@ def main():
     step, seconds = load_state(state_path, parts) if config.resume else (0, 0.0)
 
     # ---- compile and DDP
+    functorch.donated_buffer = False        # Eq. 6 asks the compiled graph twice for gradients
     model = torch.compile(raw) if config.compile else raw
     if dist.is_initialized():
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)

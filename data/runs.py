@@ -156,7 +156,7 @@ class Log:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         total = config.steps or None
         self.bar = tqdm(total=total, disable=not self.on, dynamic_ncols=True, mininterval=2)
-        self.last, self.waited = None, 0.0
+        self.last, self.waited, self.began = None, 0.0, time.time()
 
     def wait(self, loader):
         """The next batch; the time until it comes is counted."""
@@ -166,8 +166,12 @@ class Log:
         return batch
 
     def rate(self, step, config, world):
-        """Since the last call: clips a second, and the share of the time spent waiting for data."""
-        (last, then), self.last = self.last or (step, 0), (step, time.time())
+        """Since the last call: clips a second, and the share of the time spent waiting for data. The first
+        call tells how long the first step took, which with --compile is mostly compilation."""
+        if self.last is None:
+            self.last, self.waited = (step, time.time()), 0.0
+            return {"first_step_s": self.last[1] - self.began}
+        (last, then), self.last = self.last, (step, time.time())
         seconds, waited, self.waited = self.last[1] - then, self.waited, 0.0
         clips = (step - last) * config.batch * getattr(config, "accumulate", 1) * world
         return {"clips_per_s": clips / seconds, "data_wait": waited / seconds}
