@@ -32,7 +32,7 @@ from data.heart import (Segmenter, SegmenterConfig, cardiac_cycle, disk_volume, 
                         segment, smooth, swing)
 from data.runs import COMMIT, init_distributed, load_weights
 from ecg_encoder import EcgConfig, EcgEncoder
-from generator import Generator, GeneratorConfig, check_fits, stream_video
+from generator import Generator, GeneratorConfig, check_fits, check_scorer, stream_video
 from tokenizer import Tokenizer, TokenizerConfig, code_use, index_counts, patchify
 
 
@@ -46,6 +46,7 @@ class EvalConfig:
     frames: int = 64                # sync, ef: frames of a clip, from its first one on
     leads: str = ""                 # sync, ef: ECG leads by name, such as II or I,V2; empty = all of the set
     steps: int = 0                  # sync, ef: decoding steps; 0 = the usual
+    scorer: str = "random"          # sync, ef: order of decoding: random, halton, confidence, critic
     guidance: float = 1.5           # sync, ef: scale of classifier-free guidance; 1 = off
     temperature: float = 1.0        # sync, ef: of the draws
     overlap: int = 5                # sync, ef: frames that a window knows of the one before
@@ -225,9 +226,10 @@ def run_conditions(config, device, conditions):
     tokenizer, encoder, generator, segmenter = load_models(config.weights, device)
     if not 1 <= config.overlap < tokenizer.config.frames:
         raise UserError(f"--overlap={config.overlap}: 1 to {tokenizer.config.frames - 1} frames of a window")
+    check_scorer(generator.config, config.scorer)
     clips, records, margin = Clips(config.data, config.split), [], encoder.config.samples / ECG_HZ
     picked = pick_leads(clips, config.leads)
-    how = {key: getattr(config, key) for key in ("guidance", "temperature", "overlap")}
+    how = {key: getattr(config, key) for key in ("scorer", "guidance", "temperature", "overlap")}
     how |= {"steps": config.steps} if config.steps else {}
     stream = partial(stream_video, tokenizer, encoder, generator, **how,
                      leads=[LEADS.index(clips.leads[k]) for k in picked])

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,6 +33,8 @@ class GeneratorConfig:
     depth: int = 4              # layers
     ecg_before: float = 0.8     # seconds of ECG before a latent frame that its tokens see directly
     ecg_after: float = 0.4      # and after it
+    critic: str = "none"        # self: a head on the generator's trunk; token: a transformer of its own
+    critic_depth: int = 2       # layers of a token critic
     bits: int = 13              # of the tokenizer
     grid: int = 8               # of the tokenizer: h = w
     latent_frames: int = 6      # of the tokenizer: T'
@@ -39,6 +42,7 @@ class GeneratorConfig:
     ecg_dim: int = 128          # width of the ECG encoder's Z
 
 
+SCORERS = "random", "halton", "confidence", "critic"
 PRESETS = {"demo": {}, "paper": dict(dim=512, heads=8, mlp_dim=2048, depth=6, grid=16, ecg_dim=768)}
 
 
@@ -50,6 +54,14 @@ def check_fits(config, tokenizer, encoder):
         if getattr(config, key) != value:
             raise UserError(f"the generator is for {key}={getattr(config, key)}, "
                             f"its tokenizer or encoder has {value}")
+
+
+def check_scorer(config, scorer):
+    """UserError where a GeneratorConfig cannot decode by this scorer."""
+    if scorer not in SCORERS:
+        raise UserError(f"--scorer={scorer}: choose one of {', '.join(SCORERS)}")
+    if scorer == "critic" and config.critic == "none":
+        raise UserError("--scorer=critic: this generator was trained without a critic")
 
 
 class Condition(NamedTuple):
@@ -73,11 +85,12 @@ def condition(encoder, ecg, leads, ecg_start, fps, drop=None):
     return Condition(z.reshape(B, L * n, D), time.repeat(1, L), ecg, leads, ecg_start, fps, drop)
 
 
-class Generator(nn.Module):
-    def __init__(self, config):
+class Trunk(nn.Module):
+    """Tokens and ECG -> features of each token: the transformer of the generator, and of a token critic."""
+
+    def __init__(self, config, depth):
         super().__init__()
         c = self.config = config
-        self.low_bits, self.high_bits = (c.bits + 1) // 2, c.bits // 2
         self.embed = nn.Linear(c.bits, c.dim)
         self.mask_token = nn.Parameter(0.3 * torch.randn(c.dim))
         self.place = nn.Parameter(0.3 * torch.randn(1, c.grid ** 2, c.dim))
@@ -88,11 +101,8 @@ class Generator(nn.Module):
         self.local_lead = nn.Embedding(len(LEADS), c.dim)
         self.local_out = nn.Linear(c.dim, c.dim)
         self.blocks = nn.ModuleList(Block(c.dim, c.heads, c.mlp_dim, context_dim=c.ecg_dim)
-                                    for _ in range(c.depth))
+                                    for _ in range(depth))
         self.norm = nn.LayerNorm(c.dim)
-        self.to_low = nn.Linear(c.dim, 2 ** self.low_bits)
-        self.given_low = nn.Embedding(2 ** self.low_bits, c.dim)
-        self.mix, self.to_high = nn.Linear(c.dim, c.dim), nn.Linear(c.dim, 2 ** self.high_bits)
         nn.init.zeros_(self.local_out.weight)       # zero at first: an unscaled branch stalls the learning
         nn.init.zeros_(self.local_out.bias)
 
@@ -126,31 +136,71 @@ class Generator(nn.Module):
             x = block(x, time, z, cond.z_time / TIME_UNIT)
         return self.norm(x)
 
+
+class Generator(Trunk):
+    def __init__(self, config):
+        super().__init__(config, config.depth)
+        c = config
+        self.low_bits, self.high_bits = (c.bits + 1) // 2, c.bits // 2
+        self.to_low = nn.Linear(c.dim, 2 ** self.low_bits)
+        self.given_low = nn.Embedding(2 ** self.low_bits, c.dim)
+        self.mix, self.to_high = nn.Linear(c.dim, c.dim), nn.Linear(c.dim, 2 ** self.high_bits)
+        if c.critic not in ("self", "token", "none"):
+            raise UserError(f"critic={c.critic}: self, token or none")
+        if c.critic == "token":
+            self.critic = Trunk(c, c.critic_depth)
+        if c.critic != "none":
+            self.to_fake = nn.Linear(c.dim, 1)
+
     def high_logits(self, x, low):
         """Logits of the high bits (B, N, 2^6) given the low bits (B, N)."""
         return self.to_high(F.gelu(self.mix(x) + self.given_low(low)))
 
-    def forward(self, index, masked, cond):
-        """Cross-entropy of every token, nats (B, T', h, w); Eq. 7 is its mean over the masked ones."""
+    def forward(self, index, masked, cond, u=None):
+        """Cross-entropy of every token, nats (B, T', h, w); Eq. 7 is its mean over the masked ones.
+
+        With u (B, 2, T' hw), uniform numbers, also what the critic is to judge: the tokens, but in the masked
+        places a draw from these very distributions. No gradient passes through the draw.
+        """
         x = self.features(index, masked, cond)
         low, high = index.flatten(1) % 2 ** self.low_bits, index.flatten(1) >> self.low_bits
-        loss = F.cross_entropy(self.to_low(x).float().transpose(1, 2), low, reduction="none") \
+        to_low = self.to_low(x).float()
+        loss = F.cross_entropy(to_low.transpose(1, 2), low, reduction="none") \
             + F.cross_entropy(self.high_logits(x, low).float().transpose(1, 2), high, reduction="none")
-        return loss.reshape(index.shape)
+        if u is None:
+            return loss.reshape(index.shape)
+        with torch.no_grad():
+            low = draw(to_low, u[:, 0])
+            drawn = low + (draw(self.high_logits(x, low).float(), u[:, 1]) << self.low_bits)
+        return loss.reshape(index.shape), torch.where(masked, drawn.reshape(index.shape), index)   # Eq. 9
+
+    def score(self, index, cond):
+        """Logit of each token (B, T', h, w), none of them masked, not to be the real one."""
+        trunk = self.critic if self.config.critic == "token" else self
+        x = trunk.features(index, torch.zeros_like(index, dtype=torch.bool), cond)
+        return self.to_fake(x).float().reshape(index.shape)
 
     @torch.no_grad()
     def propose(self, index, masked, cond, guidance, temperature, rng):
-        """Draw every token from its own distribution: (B, T', h, w)."""
+        """Draw every token from its own distribution -> tokens, and their log-probabilities (B, T', h, w)."""
         shape = index.shape
-        if guidance != 1:       # one batch of 2 B: with the ECG, and with the null context
-            cond = Condition(*(x if k == "leads" else torch.cat([x, x]) for k, x in cond._asdict().items()))
-            cond.drop[len(index):] = True
-            index, masked = torch.cat([index, index]), torch.cat([masked, masked])
+        if guidance != 1:
+            index, masked, cond = torch.cat([index, index]), torch.cat([masked, masked]), with_null(cond)
         x = self.features(index, masked, cond)
-        low = draw(guide(self.to_low(x).float(), guidance), temperature, rng)
-        both = low if guidance == 1 else torch.cat([low, low])
-        high = draw(guide(self.high_logits(x, both).float(), guidance), temperature, rng)
-        return (low + (high << self.low_bits)).reshape(shape)
+        low_logits = guide(self.to_low(x).float(), guidance)
+        low = draw(low_logits / max(temperature, 1e-4), uniform(low_logits.shape[:2], rng))
+        high_logits = guide(self.high_logits(x, low if guidance == 1 else low.repeat(2, 1)).float(), guidance)
+        high = draw(high_logits / max(temperature, 1e-4), uniform(low.shape, rng))
+        log_p = sum(logits.log_softmax(-1).gather(-1, part[..., None])[..., 0]
+                    for logits, part in ((low_logits, low), (high_logits, high)))
+        return (low + (high << self.low_bits)).reshape(shape), log_p.reshape(shape)
+
+
+def with_null(cond):
+    """A condition of B clips -> of 2 B: with the ECG, and with the null context."""
+    both = Condition(*(x if k == "leads" else torch.cat([x, x]) for k, x in cond._asdict().items()))
+    both.drop[len(cond.drop):] = True
+    return both
 
 
 def guide(logits, scale):
@@ -166,13 +216,13 @@ def guide(logits, scale):
 
 def uniform(shape, rng):
     """Uniform numbers in (0, 1), drawn on the CPU so that a seed gives the same video on every device."""
-    return torch.rand(shape, generator=rng).clamp(1e-9, 1 - 1e-7)
+    return torch.rand(shape, generator=rng).clamp(1e-7, 1 - 1e-7)
 
 
-def draw(logits, temperature, rng):
-    """One draw from softmax(logits / temperature) by Gumbel's trick: (B, N, K) -> index (B, N)."""
-    gumbel = -(-uniform(logits.shape, rng).log()).log().to(logits.device)
-    return (logits / max(temperature, 1e-4) + gumbel).argmax(-1)
+def draw(logits, u):
+    """One draw from softmax(logits): (B, N, K) and uniform numbers (B, N) -> index (B, N)."""
+    p = logits.softmax(-1).cumsum(-1)
+    return (p < (u.to(p.device) * p[..., -1])[..., None]).sum(-1)
 
 
 def masked_share(u):
@@ -180,21 +230,54 @@ def masked_share(u):
     return torch.cos(math.pi / 2 * torch.as_tensor(u))                                      # Eq. 8
 
 
-@torch.no_grad()
-def fill_in(generator, index, masked, cond, steps=8, guidance=1.0, temperature=1.0, rng=None):
-    """Masked parallel decoding (Chang et al. 2022) in random order: fills the masked places (B, T', h, w).
+def halton(T, h, w, device):
+    """Places in the order of Halton's sequence of bases 2, 3, 5 over time and space, early ones far apart:
+    turn (1, T, h, w), int."""
+    def radical_inverse(n, base):
+        x, scale = np.zeros(len(n)), 1.0
+        while n.any():
+            scale /= base
+            x, n = x + scale * (n % base), n // base
+        return x
+    n = np.arange(1, 64 * T * h * w)            # until each place has come
+    at = [(radical_inverse(n, base) * size).astype(int) for base, size in ((5, T), (2, h), (3, w))]
+    places, first = np.unique(np.ravel_multi_index(at, (T, h, w)), return_index=True)
+    turn = np.full(T * h * w, len(n))
+    turn[places] = first
+    return torch.from_numpy(turn.argsort().argsort()).reshape(1, T, h, w).to(device)
 
-    Each step draws all masked tokens and keeps those whose turn it is. The order does not look at the draws:
-    MaskGIT's own, the surest first, prefers dark tokens, and the picture fades. masked must hold equally many
-    True in every item. Tokens that are not masked never change.
+
+def largest(rank, many):
+    """The `many` largest of each item of rank (B, ...), True there."""
+    return (rank.flatten(1).argsort(1, descending=True).argsort(1) < many).reshape(rank.shape)
+
+
+@torch.no_grad()
+def fill_in(generator, index, masked, cond, scorer="random", steps=8, guidance=1.0, temperature=1.0,
+            noise=1.0, rng=None):
+    """Masked parallel decoding (Chang et al. 2022): fills the masked places (B, T', h, w), equally many in
+    every item; the other tokens never change.
+
+    Each step draws all masked tokens, then masks again those that rank highest: in a fixed order (random,
+    halton), the least likely ones of this step's (confidence), or, of all, the most fake ones (critic).
     """
-    total = int(masked[0].sum())
-    order = uniform(index.shape, rng).to(index.device).masked_fill(~masked, 2)      # the known come last
-    turn = order.flatten(1).argsort(1).argsort(1).reshape(index.shape)
+    free, total = masked, int(masked[0].sum())
+    order = halton(*index.shape[1:], index.device) if scorer == "halton" else \
+        uniform(index.shape, rng).to(index.device)
     for step in range(steps):
-        drawn = generator.propose(index, masked, cond, guidance, temperature, rng)
+        drawn, log_p = generator.propose(index, masked, cond, guidance, temperature, rng)
         index = torch.where(masked, drawn, index)
-        masked = turn < int(total * masked_share((step + 1) / steps))               # none after the last step
+        left = 1 - (step + 1) / steps
+        rank, among = order.expand(index.shape).float(), masked
+        if scorer == "confidence":
+            gumbel = -(-uniform(index.shape, rng).log()).log().to(index.device)
+            rank = -log_p - noise * left * gumbel
+        elif scorer == "critic":
+            both = (index, cond) if guidance == 1 else (torch.cat([index, index]), with_null(cond))
+            jitter = uniform(index.shape, rng).to(index.device) - 0.5
+            rank, among = guide(generator.score(*both), guidance) + noise * left * jitter, free
+        many = int(total * masked_share((step + 1) / steps))                # none after the last step
+        masked = largest(rank.masked_fill(~among, -math.inf), many)
     return index
 
 

@@ -32,8 +32,9 @@ from data.flags import UserError, parse_flags, run_main
 from data.heart import cardiac_cycle, disk_volume, segment
 from data.phantom import make_ecg
 from data.picture import draw_strip, gif_frame
+from data.prepare import Writer
 from evaluate import load_models
-from generator import stream_video
+from generator import check_scorer, stream_video
 
 
 @dataclass
@@ -47,31 +48,33 @@ class SampleConfig:
     weights: str = "weights"    # folder with tokenizer.pt, ecg_encoder.pt, generator.pt, segmenter.pt
     out: str = "out"            # folder to write
     steps: int = 8              # decoding steps of one window
+    scorer: str = "random"      # who says which tokens to draw again: random, halton, confidence, critic
     guidance: float = 1.5       # classifier-free guidance; 1 = off
     temperature: float = 1      # of drawing tokens
     overlap: int = 5            # frames that a window takes over from the one before; 1 + a multiple of P_t
     shift_ms: float = 0         # moves the ECG later by so many milliseconds
     seed: int = 0               # of the video and of the built-in ECG
     num: int = 1                # videos; they have the seeds seed, seed + 1, ...
+    masks: bool = False         # also OUT/set: the videos, ECGs, LV masks and EFs as a prepared set
 
 
 # ---------------------------------------------------------------------------- what goes in
 
-def load_ecg(config, margin):
-    """The ECG from `margin` seconds before the video to as many after it: cleaned (L, N), the names of its
-    leads, the times (seconds of the video) of its sample 0 and of its R peaks."""
+def load_ecg(config, margin, seed):
+    """The ECG from `margin` seconds before the video to as many after it: (L, N) mV, the same cleaned, the
+    names of its leads, the times (seconds of the video) of its sample 0 and of its R peaks."""
     seconds, shift = config.frames / config.fps, config.shift_ms / 1000
     first, samples = -math.ceil((margin + shift) * ECG_HZ), math.ceil((seconds + 2 * margin) * ECG_HZ)
     if config.ecg == "flat":
         ecg, leads = np.zeros((1, ECG_HZ)), ["I"]
     elif not config.ecg:            # at least 10 s: a seed's ECG is the same for all short videos
-        ecg, leads = make_ecg(config.seed, max(seconds, 10)).ecg.T, list(LEADS)
+        ecg, leads = make_ecg(seed, max(seconds, 10)).ecg.T, list(LEADS)
     else:
         ecg, leads = read_ecg(config.ecg, config.ecg_hz, config.leads.split(",") if config.leads else ())
         if (has := ecg.shape[1] / ECG_HZ) < seconds - shift:
             print(f"{config.ecg}: {has:.2f} s, repeated for {seconds:.2f} s of video", file=sys.stderr)
     ecg, start = go_on(ecg, first, samples), first / ECG_HZ + shift
-    return clean_ecg(ecg), leads, start, start + find_r_peaks(ecg)
+    return ecg, clean_ecg(ecg), leads, start, start + find_r_peaks(ecg)
 
 
 def load_image(path, size, channels):
@@ -117,17 +120,17 @@ def figures(area, volume, r_peaks, frames, fps):
 
 
 @torch.no_grad()
-def make_video(config, models, trace, first, seed, path):
-    """Sample one video into PATH.npy, .gif and .mp4; returns its report."""
-    (*stages, segmenter), (ecg, leads, start, r_peaks) = models, trace
-    began, c, fps, area, volume = time.time(), models[0].config, config.fps, [], []
+def make_video(config, models, trace, first, seed, path, dataset):
+    """Sample one video into PATH.npy, .gif and .mp4, and a Writer's data set if given; returns its report."""
+    (*stages, segmenter), (raw, ecg, leads, start, r_peaks) = models, trace
+    began, c, fps, area, volume, kept = time.time(), models[0].config, config.fps, [], [], []
     side, height, seconds = max(1, round(256 / c.size)) * c.size, 64, config.frames / fps
     instants, lead = start + np.arange(ecg.shape[1]) / ECG_HZ, ecg[leads.index("II") if "II" in leads else 0]
     low, high = np.quantile(lead, [0.001, 0.999])
     curve = height * (0.88 - 0.62 * np.clip((lead - low) / max(high - low, 1e-6), 0, 1))
     chunks = stream_video(*stages, ecg[None], [LEADS.index(name) for name in leads], start, config.frames,
-                          fps, first, config.overlap, seed, steps=config.steps, guidance=config.guidance,
-                          temperature=config.temperature)
+                          fps, first, config.overlap, seed, scorer=config.scorer, steps=config.steps,
+                          guidance=config.guidance, temperature=config.temperature)
     with ExitStack() as files:
         npy, gif = (files.enter_context(open(f"{path}.{kind}", "wb")) for kind in ("npy", "gif"))
         mp4 = find_spec("imageio_ffmpeg") and files.enter_context(
@@ -148,9 +151,15 @@ def make_video(config, models, trace, first, seed, path):
             masks = segment(segmenter, video)[0]                                            # n H W
             area += masks.sum((1, 2)).tolist()
             volume += disk_volume(masks).tolist()
+            kept += [masks] if dataset else []
             bar.update(len(frames))
         gif.write(b";")
-    return asdict(config) | figures(area, volume, r_peaks, config.frames, fps) | {
+    found = figures(area, volume, r_peaks, config.frames, fps)
+    if dataset:
+        dataset.add(id=path.name, fps=fps, video=np.load(f"{path}.npy"), mask=np.concatenate(kept), ecg=raw.T,
+                    ecg_offset_s=start, r_peaks_s=found["r_peaks_s"], view="A4C", ef=found["ef"] or "",
+                    text=f"A4C view, EF {found['ef']:.0f}" if found["ef"] else "A4C view, no heartbeat")
+    return asdict(config) | found | {
         "name": path.name, "seed": seed, "ecg": config.ecg or "built-in", "leads": leads,
         "seconds": round(time.time() - began, 2), "device": str(next(models[0].parameters()).device)}
 
@@ -161,20 +170,30 @@ def main():
     models = load_models(config.weights, device)
     c, span = models[0].config, models[1].config.samples / ECG_HZ
     check_flags(config, c.frames, c.patch_t, span)
-    trace = load_ecg(config, margin=span + 1)
+    check_scorer(models[2].config, config.scorer)
+    traces = [load_ecg(config, span + 1, config.seed + i) for i in range(1 if config.ecg else config.num)]
     first = load_image(config.image, c.size, c.channels).to(device) if config.image else None
     stem = Path(config.ecg or "sample").stem
     names = [stem] if config.num == 1 else [f"{stem}_{i}" for i in range(config.num)]
     for path in (Path(config.out, name + kind) for name in names for kind in (".npy", ".gif", ".mp4")):
         if path.resolve() in [Path(source).resolve() for source in (config.ecg, config.image) if source]:
             raise UserError(f"{path} would be overwritten, and it is an input; choose another --out")
+    if config.masks and Path(config.out, "set").exists():
+        raise UserError(f"{config.out}/set exists already; remove it or choose another --out")
     if not find_spec("imageio_ffmpeg"):
         print("no .mp4 is written: pip install imageio-ffmpeg", file=sys.stderr)
     try:        # all files move to OUT together at the end, or vanish where there is an error
         os.makedirs(config.out, exist_ok=True)
         with tempfile.TemporaryDirectory(suffix=".part", dir=config.out) as part:
-            reports = [make_video(config, models, trace, first, config.seed + i, Path(part, name))
-                       for i, name in enumerate(names)]
+            dataset = Writer(Path(part, "set", "train")) if config.masks else None
+            reports = [make_video(config, models, traces[i % len(traces)], first, config.seed + i,
+                                  Path(part, name), dataset) for i, name in enumerate(names)]
+            if dataset:
+                dataset.close()
+                meta = dict(name="set", fps=config.fps, height=c.size, width=c.size, channels=c.channels,
+                            leads=traces[0][2], ecg_hz=ECG_HZ, source="sample",
+                            command=" ".join(["sample.py", *sys.argv[1:]]))
+                Path(part, "set", "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
             report = reports[0] if config.num == 1 else {"videos": reports}
             Path(part, "report.json").write_text(json.dumps(report, indent=1) + "\n")
             for file in os.listdir(part):

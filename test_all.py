@@ -29,7 +29,8 @@ from data.flags import UserError, field_comments, parse_flags
 from data.phantom import make_clip, make_ecg
 from data.prepare import prepare
 from ecg_encoder import EcgConfig, EcgEncoder, MaskedAutoencoder
-from generator import Generator, GeneratorConfig, condition, fill_in, guide, masked_share, stream_video
+from generator import (SCORERS, Generator, GeneratorConfig, condition, draw, fill_in, guide, halton,
+                       masked_share, stream_video)
 from tokenizer import (LFQ, Tokenizer, TokenizerConfig, adapters, add_lora, bits_to_index, index_to_bits,
                        joint, merge, patchify)
 
@@ -38,7 +39,7 @@ WATCH = HERE.parent / "shared/real/ecg/apple_watch_digitized.csv"
 GOLDEN = [2701, 5714, 486, 451, 5366, 1209, 4864, 6317]     # one row of tokens by the shipped weights
 TINY = dict(dim=32, heads=2, mlp_dim=64)
 SMALL = {"tokenizer": TINY | dict(depth_space=1, depth_time=1), "ecg_encoder": TINY | dict(depth=1),
-         "generator": TINY | dict(depth=1, ecg_dim=32)}
+         "generator": TINY | dict(depth=1, ecg_dim=32, critic="self")}
 TOKENIZER = "tokenizer", Tokenizer, TokenizerConfig
 TRAINERS = {"tokenizer": train_tokenizer, "ecg_encoder": ecg_encoder, "generator": train_generator}
 rng = lambda seed=0: torch.Generator().manual_seed(seed)
@@ -94,14 +95,10 @@ def refused(reason, function, *args):
 # ---------------------------------------------------------------------------- tokenizer
 
 def test_codes_to_indices_and_back():
-    """A bit order that differs between the two directions, or an index outside the codebook."""
+    """A bit order that differs between two directions, or from that of the joint; a code out of the book."""
     index = torch.arange(2 ** 13)
     assert torch.equal(bits_to_index(index_to_bits(index, 13)), index)
     assert index_to_bits(torch.tensor(1), 13).tolist() == [1] + [-1] * 12         # bit 0 first
-
-
-def test_joint_of_bits_is_in_index_order():
-    """Codes of the joint not numbered as indices are: the entropy would still look right, guidance not."""
     assert torch.equal(joint((index_to_bits(torch.arange(8), 3) > 0).float()), torch.eye(8))
 
 
@@ -245,17 +242,53 @@ def test_high_bits_follow_low_bits(tiny):
     assert p.numel() == 8192 and abs(p.sum().item() - 1) < 1e-4
 
 
-@pytest.mark.parametrize("steps", [1, 3, 8])
-def test_sampling_fills_all_and_keeps_the_known(tiny, steps):
+@pytest.mark.parametrize("steps, scorer", [(1, "random"), *((6, name) for name in SCORERS)])
+def test_sampling_fills_all_and_keeps_the_known(tiny, steps, scorer):
     """A mask token left after the last step, or a known token overwritten."""
     index, masked = torch.zeros(2, 6, 8, 8, dtype=torch.long), torch.ones(2, 6, 8, 8, dtype=torch.bool)
     index[:, :2], masked[:, :2] = torch.randint(0, 8192, (2, 2, 8, 8)), False
     calls, propose = [], tiny.generator.propose
     tiny.generator.propose = lambda i, m, *a: (calls.append(m.sum(dim=(1, 2, 3))), propose(i, m, *a))[1]
-    out = fill_in(tiny.generator, index.clone(), masked, ecg_condition(tiny), steps=steps, rng=rng())
+    out = fill_in(tiny.generator, index.clone(), masked, ecg_condition(tiny), scorer, steps, 1.5, rng=rng())
     assert torch.equal(out[:, :2], index[:, :2]) and len(calls) == steps
     assert (out[:, 2:] != 0).float().mean() > 0.99 and out.max() < 8192
     assert all(a[0] > b[0] and a[0] == a[1] for a, b in zip(calls, calls[1:]))      # fewer at every step
+
+
+def test_halton_order_is_even():
+    """An order that leaves holes: each eighth of the turns must reach each frame, row and column."""
+    turn = halton(6, 8, 8, "cpu")[0]
+    assert torch.equal(turn.flatten().sort()[0], torch.arange(384))
+    for eighth in range(8):
+        for at in (turn // 48 == eighth).nonzero().T:
+            assert at.bincount().min() > 0 and at.bincount().max() < 15
+
+
+@pytest.mark.parametrize("critic", ["self", "token"])
+def test_critic(tiny, critic):
+    """Labels that are wrong where a draw hits the real token; a gradient from critic to generator; no ECG."""
+    u, logits = torch.rand(200_000), torch.tensor([0.0, 1.0, -1.0])
+    share = draw(logits.expand(1, 200_000, 3), u[None])[0].bincount() / 200_000
+    assert torch.allclose(share, logits.softmax(0), atol=0.01)
+    generator = Generator(GeneratorConfig(**SMALL["generator"] | dict(critic=critic)))
+    index, cond = torch.randint(0, 8192, (2, 6, 8, 8)), ecg_condition(tiny)
+    masked, u = torch.rand(index.shape) < 0.5, torch.rand(2, 2, 384)
+    loss, judged = generator(index, masked, cond, u)
+    assert torch.equal(loss, generator(index, masked, cond)) and torch.equal(judged[~masked], index[~masked])
+    assert (judged != index)[masked].float().mean() > 0.99
+    torch.nn.init.zeros_(generator.to_low.weight), torch.nn.init.zeros_(generator.to_high.weight)
+    with torch.no_grad():
+        generator.to_low.bias[5], generator.to_high.bias[2] = 99, 99
+    sure = generator(torch.full_like(index, 5 + (2 << 7)), masked, cond, u)[1]
+    assert (sure == 5 + (2 << 7)).all()                         # drawn, and still the real token
+    score = generator.score(judged, cond)
+    score.sum().backward()
+    assert score.shape == index.shape and generator.to_low.weight.grad is None
+    assert (generator.blocks[0].attn.q.weight.grad is None) == (critic == "token")
+    positive = torch.rand(50) < 0.3
+    score = torch.randn(50) + positive
+    wins = (score[positive][:, None] > score[~positive]).float().mean()
+    assert train_generator.auroc(score, positive) == pytest.approx(wins.item(), abs=1e-5)
 
 
 def test_time_alignment(tiny):
@@ -667,6 +700,23 @@ def test_sample_writes_what_it_says(weights, tmp_path):
     imageio.imwrite(tmp_path / "frame.png", np.pad(video[0, ..., 0], ((0, 0), (20, 20))))   # middle square
     first = sample.load_image(str(tmp_path / "frame.png"), 64, 1)
     assert torch.allclose(first[0, 0, 0] * 255, torch.from_numpy(video[0, ..., 0]).float(), atol=1)
+
+
+def test_sample_writes_a_set(weights, tmp_path):
+    """A set whose masks, ECGs or beats are another video's; a video that depends on the ones before it."""
+    flags = [f"--weights={weights}", f"--out={tmp_path}", "--frames=20", "--steps=1", "--seed=3"]
+    call(sample.main, *flags, "--num=2", "--masks=1")
+    clips, report = Clips(tmp_path / "set", "train"), json.loads((tmp_path / "report.json").read_text())
+    for i, report in enumerate(report["videos"]):
+        assert np.array_equal(clips.per_frame("video", i), np.load(tmp_path / f"sample_{i}.npy"))
+        assert clips.per_frame("mask", i).sum((1, 2)).tolist() == report["lv_area"]
+        assert evaluate.r_peaks_of(clips, i).tolist() == report["r_peaks_s"]
+        peaks = find_r_peaks(clips.ecg(i)) + clips[i]["ecg_offset_s"]
+        assert set(report["r_peaks_s"]) == set(peaks[(peaks >= 0) & (peaks < 0.8)].round(3))
+    assert RandomWindows(clips, 11, 600, clean_ecg)[0]["ecg"].shape[-1] == 600
+    refused("set exists already", call, sample.main, *flags, "--masks=1")
+    call(sample.main, *flags, "--seed=4")
+    assert np.array_equal(np.load(tmp_path / "sample.npy"), clips.per_frame("video", 1))
 
 
 array = lambda *x: lambda path: np.save(path, np.array(*x), allow_pickle=True)

@@ -10,12 +10,13 @@ clip's: the gap between the two is the method's pulse. It opens late, after some
 """
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,8 +24,8 @@ import generator
 from data.clips import Clips, RandomWindows, batches
 from data.ecg import clean_ecg, redraw_ecg
 from data.flags import parse_flags, run_main
-from data.runs import (Log, all_mean, check_out, ema_update, init_distributed, load_state, load_weights,
-                       model_config, save_state, save_weights, schedule, update)
+from data.runs import (Log, all_mean, check_out, check_same, ema_update, init_distributed, load_state,
+                       load_weights, model_config, save_state, save_weights, schedule, update)
 from ecg_encoder import EcgConfig, EcgEncoder
 from generator import Generator, GeneratorConfig, check_fits, condition, masked_share
 from tokenizer import Tokenizer, TokenizerConfig, parameter_count
@@ -50,6 +51,7 @@ class TrainConfig(GeneratorConfig):
     prefix_share: float = 0.40      # clips with two or more known latent frames; the rest know the first
     drop_ecg: float = 0.10          # clips whose ECG is replaced by the null context
     redraw_share: float = 0.40      # clips whose ECG is drawn as by another recorder
+    critic_weight: float = 1.0      # Eq. 10, where there is a --critic
     bf16: bool = True               # autocast to bfloat16
     compile: bool = False           # torch.compile
     workers: int = 0                # data loading processes
@@ -63,16 +65,30 @@ PRESETS = {"demo": {}, "paper": generator.PRESETS["paper"] | dict(lr=1e-4, batch
 
 
 class Stage2(nn.Module):
-    """Encoder and generator as one module, as DDP wants it: its forward is the loss of every token."""
+    """Encoder and generator as one module, as DDP wants it: its forward is the loss of every token and, with
+    a critic, the critic's logit of every token and whether it is fake (B, T', h, w)."""
 
     def __init__(self, ecg_encoder, generator):
         super().__init__()
         self.ecg_encoder, self.generator = ecg_encoder, generator
 
-    def forward(self, index, masked, batch, drop):
+    def forward(self, index, masked, batch, drop, u=None):
         cond = condition(self.ecg_encoder, batch["ecg"], batch["leads"][0], batch["ecg_start"],
                          batch["fps"], drop)
-        return self.generator(index, masked, cond)
+        if u is None:
+            return self.generator(index, masked, cond)
+        loss, judged = self.generator(index, masked, cond, u)
+        return loss, self.generator.score(judged, cond), judged != index
+
+
+def start_from(folder, shape):
+    """The generator of a folder with the sizes of `shape`. Its critic may be another one, and starts anew."""
+    old = load_weights(folder, "generator", Generator, GeneratorConfig)
+    critic = {key: getattr(old.config, key) for key in ("critic", "critic_depth")}
+    check_same(f"{folder}/generator.pt", old.config, replace(shape, **critic))
+    model = Generator(shape)
+    model.load_state_dict(old.state_dict(), strict=False)
+    return model
 
 
 def choose_masked(config, noise, T, N, known=None):
@@ -116,6 +132,22 @@ def masked_mean(loss, masked):
     return (loss * masked).sum() / total
 
 
+def auroc(score, positive):
+    """Area under the ROC curve of (N,): how often a positive one scores higher than another one."""
+    rank = torch.empty_like(score)
+    rank[score.argsort()] = torch.arange(1, len(score) + 1, device=score.device).float()
+    many = positive.sum()
+    return (rank[positive].sum() - many * (many + 1) / 2) / (many * (len(score) - many)).clamp(min=1)
+
+
+def critic_loss(logits, fake, free):
+    """Binary cross-entropy of the tokens that are not known, and the figures for the log."""
+    bce = F.binary_cross_entropy_with_logits(logits, fake.float(), reduction="none")        # Eq. 10
+    loss, logits, fake = masked_mean(bce, free), logits.detach()[free], fake[free]
+    return loss, {"critic_bce": loss, "critic_accuracy": ((logits > 0) == fake).float().mean(),
+                  "critic_auroc": auroc(logits, fake)}
+
+
 @torch.no_grad()
 def evaluate(model, tokenizer, data, config, device, rank, world, items=64):
     """Loss with the right and with another clip's ECG, knowing the first frame or half of the clip."""
@@ -148,15 +180,15 @@ def main():
     check_fits(config, tokenizer, encoder)
     T, N = tokenizer.latent_frames, tokenizer.grid ** 2
     train, val = (RandomWindows(Clips(config.data, split), tokenizer.config.frames, encoder.config.samples,
-                                clean_ecg, config.batch * world, config.seed, 4 + T * N, vary,
+                                clean_ecg, config.batch * world, config.seed, 4 + 3 * T * N, vary,
                                 tokenizer.config.channels)
                   for split, vary in (("train", partial(redraw_ecg, share=config.redraw_share)),
                                       ("val", None)))
 
     # ---- model
     shape = model_config(config, GeneratorConfig)
-    raw = Stage2(encoder, load_weights(config.init_from, "generator", Generator, GeneratorConfig, shape)
-                 if config.init_from else Generator(shape)).to(device)
+    raw = Stage2(encoder, start_from(config.init_from, shape) if config.init_from else Generator(shape))
+    raw = raw.to(device)
     if rank == 0:
         print(f"{config}\n{parameter_count(raw.generator):.2f}M parameters and "
               f"{parameter_count(raw.ecg_encoder):.2f}M of the ECG encoder, "
@@ -203,7 +235,14 @@ def main():
                 masked, known = choose_masked(config, batch["noise"], T, N)
                 index, masked = as_sampled(tokenizer, index, known), masked.reshape(index.shape)
                 drop = batch["noise"][:, -1] < config.drop_ecg
-                loss = masked_mean(model(index, masked, batch, drop), masked)
+                if config.critic == "none":
+                    loss, values = masked_mean(model(index, masked, batch, drop), masked), {}
+                else:
+                    u = batch["noise"][:, 3 + T * N:-1].unflatten(1, (2, -1))
+                    each, logits, fake = model(index, masked, batch, drop, u)
+                    free = torch.arange(T, device=device)[:, None, None] >= known[:, None, None, None]
+                    bce, values = critic_loss(logits, fake, free.expand_as(fake))
+                    loss = masked_mean(each, masked) + config.critic_weight * bce
             (loss / config.accumulate).backward()
 
         # clip, step, EMA
@@ -213,7 +252,7 @@ def main():
 
         # log
         if step % config.log_every == 0:
-            values = all_mean({"loss": loss, "masked": masked.float().mean()}, device)
+            values = all_mean({"loss": loss, "masked": masked.float().mean(), **values}, device)
             log.write(step, **values, lr=lr, seconds=seconds, **log.rate(step, config, world),
                       leads=len(batch["leads"][0]))
             log.bar.set_postfix({"loss": f"{values['loss']:.3f}", **results})

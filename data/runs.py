@@ -129,6 +129,13 @@ def read_file(path):
         raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from None
 
 
+def check_same(path, config, expected):
+    """UserError where the config of the weights in a file differs from the one that the flags give."""
+    for key, value in asdict(expected).items():
+        if value != getattr(config, key):
+            raise UserError(f"{path} has {key}={getattr(config, key)}, the flags say {value}")
+
+
 def load_weights(folder, stage, model_class, config_class, expected=None):
     """Model from FOLDER/STAGE.pt, its config from the file; UserError where `expected` differs from it."""
     path = Path(folder) / f"{stage}.pt"
@@ -136,9 +143,7 @@ def load_weights(folder, stage, model_class, config_class, expected=None):
     if not isinstance(saved, dict) or saved.get("stage") != stage:
         raise UserError(f"{path} holds no {stage}")
     config = config_class(**saved["config"])
-    if expected is not None and config != expected:
-        key = next(k for k, v in asdict(expected).items() if v != saved["config"][k])
-        raise UserError(f"{path} has {key}={saved['config'][key]}, the flags say {getattr(expected, key)}")
+    check_same(path, config, expected or config)
     model = model_class(config)
     try:
         model.load_state_dict(saved["model"])
