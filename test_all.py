@@ -179,8 +179,7 @@ def test_lora(tiny):
 
 def test_discriminator(tiny):
     """A discriminator blind to the order of frames; Eq. 6 that does not level the two gradients."""
-    video = torch.rand(2, 1, 11, 64, 64)
-    judge, model = train_tokenizer.Discriminator(1), tiny.tokenizer
+    video, judge, model = torch.rand(2, 1, 11, 64, 64), train_tokenizer.Discriminator(1), tiny.tokenizer
     assert not torch.allclose(judge(video).mean(), judge(video.flip(2)).mean(), atol=1e-5)
     config, reconstruction = train_tokenizer.TrainConfig(gan_weight=1), model(video)[0]
     loss = 50 * (reconstruction - video).square().mean()
@@ -189,8 +188,7 @@ def test_discriminator(tiny):
     size = [torch.cat([g.flatten() for g in torch.autograd.grad(x, last, retain_graph=True)]).norm()
             for x in (loss, adversarial)]
     assert torch.allclose(*size, rtol=1e-3) and parts["adaptive_weight"] != 1
-    with torch.no_grad():
-        judge.layers[-1].bias += 1
+    judge.layers[-1].bias.data += 1
     better = train_tokenizer.adversarial_loss(config, judge, reconstruction, loss, model)[1]["adversarial"]
     assert better < parts["adversarial"] and not parts["adaptive_weight"].requires_grad
     hinge = train_tokenizer.discriminator_loss(config, judge, video, reconstruction)[1]
@@ -199,9 +197,9 @@ def test_discriminator(tiny):
 
 def test_perceptual_loss(tmp_path):
     """Random weights under the name of VGG16, a layer left out, or frames compared with themselves."""
-    inputs, file, numbers = [3, 64, 64, 128, 128, 256, 256, 256] + [512] * 6, tmp_path / "vgg16.pth", [
-        0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]                             # torchvision's own
-    saved = {f"features.{n}.{k}": v for n, a, b in zip(numbers, inputs, inputs[1:])
+    widths, file = [3, 64, 64, 128, 128, 256, 256, 256] + [512] * 6, tmp_path / "vgg16.pth"
+    numbers = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]                      # torchvision's own
+    saved = {f"features.{n}.{k}": v for n, a, b in zip(numbers, widths, widths[1:])
              for k, v in (("weight", torch.randn(b, a, 3, 3) / (4 * a) ** 0.5), ("bias", torch.zeros(b)))}
     torch.save(saved | {"classifier.0.bias": torch.zeros(4)}, file)
     vgg16, x = train_tokenizer.VGG16(str(file)), torch.rand(2, 1, 32, 32, requires_grad=True)
@@ -209,10 +207,8 @@ def test_perceptual_loss(tmp_path):
     assert vgg16.distance(x, x) == 0 and vgg16.distance(x, torch.rand_like(x)) > 0.1
     vgg16.distance(x, torch.rand_like(x)).backward()
     assert x.grad.abs().min() > 0 and all(p.grad is None for p in vgg16.parameters())
-    video, frame = torch.rand(2, 1, 3, 32, 32), torch.tensor([0, 2])
-    other = video.clone()
-    other[0, :, 0] = other[1, :, 2] = 0.5
-    config = train_tokenizer.TrainConfig()
+    video, frame, config = torch.rand(2, 1, 3, 32, 32), torch.tensor([0, 2]), train_tokenizer.TrainConfig()
+    (other := video.clone())[[0, 1], :, frame] = 0.5
     loss = lambda f: train_tokenizer.reconstruction_loss(config, video, other, vgg16, f)[1]["perceptual"]
     assert loss(frame) > 0.1 and loss(frame.flip(0)) == 0
     torch.save({"features.0.bias": torch.zeros(64)}, file)
