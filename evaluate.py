@@ -44,6 +44,7 @@ class EvalConfig:
     split: str = "test"             # split that is measured
     num: int = 0                    # clips, drawn by --seed; 0 = all of the split
     frames: int = 64                # sync, ef: frames of a clip, from its first one on
+    first: bool = True              # sync, ef: its first frame is given; 0 = from the ECG alone
     leads: str = ""                 # sync, ef: ECG leads by name, such as II or I,V2; empty = all of the set
     steps: int = 0                  # sync, ef: decoding steps; 0 = the usual
     scorer: str = "random"          # sync, ef: order of decoding: random, halton, confidence, critic
@@ -56,16 +57,18 @@ class EvalConfig:
 
 # The figures of each mode; the best value of each, where it is not 0, gives its --target_KEY a direction
 EF = "ef_r2 ef_mae ef_rmse ef_r2_true ef_mae_true ef_rmse_true"
+EF_DECODED = "ef_r2_decoded ef_mae_decoded ef_rmse_decoded"
+OWN = "area_r_median area_r_mean ed_error_ms_median ed_error_ms_p95 beats_found extra_beats swing drift"
 FIGURES = {"reconstruction": "mse mae psnr ssim sharpness codes_used codebook_perplexity sector_perplexity "
                              "rd_bound_mse windows clips",
-           "ef": f"{EF} clips clips_excluded",
-           "sync": "area_r_median area_r_mean ed_error_ms_median ed_error_ms_p95 beats_found extra_beats "
-                   "ed_error_ms_median_video beats_found_video shift_ms flat_swing flat_drift "
-                   f"swap_follows_donor swap_r_donor swap_r_own swing drift {EF} clips clips_excluded"}
+           "ef": f"{EF} {EF_DECODED} {OWN} diversity clips clips_excluded",
+           "sync": f"{OWN} ed_error_ms_median_video beats_found_video shift_ms flat_swing flat_drift "
+                   f"swap_follows_donor swap_r_donor swap_r_own {EF} clips clips_excluded"}
 BEST = {"shift_ms": 200}
 BEST |= dict.fromkeys("psnr codes_used codebook_perplexity sector_perplexity windows clips".split(), math.inf)
-BEST |= dict.fromkeys("dice ssim sharpness ef_r2 ef_r2_true area_r_median area_r_mean beats_found "
-                      "beats_found_video flat_drift swap_follows_donor swap_r_donor swing drift".split(), 1)
+BEST |= dict.fromkeys("ssim sharpness ef_r2 ef_r2_true ef_r2_decoded area_r_median area_r_mean beats_found "
+                      "beats_found_video flat_drift swap_follows_donor swap_r_donor swing drift "
+                      "diversity".split(), 1)
 
 
 # ---------------------------------------------------------------------------- reading the set
@@ -191,10 +194,15 @@ SHIFT_S = 0.2       # by so much the ECG of condition "shifted" comes later
 
 
 def load_models(folder, device):
-    """Tokenizer, ECG encoder, generator and segmenter of a weights folder, on the device."""
-    parts = (("tokenizer", Tokenizer, TokenizerConfig), ("ecg_encoder", EcgEncoder, EcgConfig),
-             ("generator", Generator, GeneratorConfig), ("segmenter", Segmenter, SegmenterConfig))
-    tokenizer, encoder, generator, segmenter = (load_weights(folder, *p).eval().to(device) for p in parts)
+    """Tokenizer, ECG encoder, generator and segmenter of a weights folder, on the device. A generator of
+    video alone has no encoder (None) and needs no segmenter."""
+    load = lambda *part: load_weights(folder, *part).eval().to(device)                      # noqa: E731
+    tokenizer = load("tokenizer", Tokenizer, TokenizerConfig)
+    generator = load("generator", Generator, GeneratorConfig)
+    alone = generator.config.condition == "none"
+    encoder = None if alone else load("ecg_encoder", EcgEncoder, EcgConfig)
+    segmenter = None if alone and not Path(folder, "segmenter.pt").exists() \
+        else load("segmenter", Segmenter, SegmenterConfig)
     check_fits(generator.config, tokenizer, encoder)
     return tokenizer, encoder, generator, segmenter
 
@@ -210,20 +218,25 @@ def groups(clips, config):
             yield fps, frames, numbers[at:at + config.batch], donors[at:at + config.batch]
 
 
-def measure(segmenter, chunks):
-    """Chunks (B, C, n, H, W) of a video -> LV area and volume, (B, T) each."""
-    masks = np.concatenate([segment(segmenter, chunk) for chunk in chunks], axis=1)         # B T H W
-    return masks.sum((2, 3), dtype=float), np.stack([disk_volume(m) for m in masks])
+def decode_again(tokenizer, video):
+    """video (B, C, T, H, W) encoded and decoded window by window: what the tokenizer lets through."""
+    window, T = tokenizer.config.frames, video.shape[2]
+    for at in range(0, T, window):
+        begin = max(0, min(at, T - window))         # the last window ends with the video
+        yield tokenizer.decode(tokenizer.encode(video[:, :, begin:begin + window]))[:, :, at - begin:]
 
 
 def run_conditions(config, device, conditions):
-    """Generate every clip from its first frame under each of the `conditions` -> records, numbers of clips.
+    """Generate every clip under each of the `conditions` -> records, numbers of clips.
 
     A record has clip, donor (the clip whose ECG "swapped" has), fps, ef (of the set; nan = unknown), r_peaks
-    (s), and for "true" and each condition area (T,) and cycle (what cardiac_cycle says). Clips whose true
-    video shows no beats (a pause, a flat ECG) have no ED, no EF and no r: they are left out.
+    (s), and for "true" and each condition area (T,) and cycle (what cardiac_cycle says). "again" is "own"
+    with another seed, for the first batch alone, whose records also have each video (C, T, H, W). Clips whose
+    true video shows no beats (a pause, a flat ECG) have no ED, no EF and no r: they are left out.
     """
     tokenizer, encoder, generator, segmenter = load_models(config.weights, device)
+    if encoder is None:
+        raise UserError("this generator was trained without an ECG: there is no beat to follow")
     if not 1 <= config.overlap < tokenizer.config.frames:
         raise UserError(f"--overlap={config.overlap}: 1 to {tokenizer.config.frames - 1} frames of a window")
     check_scorer(generator.config, config.scorer)
@@ -237,18 +250,25 @@ def run_conditions(config, device, conditions):
         span = -margin, frames / fps + margin
         true = torch.stack([as_video(clips.per_frame("video", i, 0, frames)) for i in numbers])  # B C T H W
         own, other = (aligned_ecg(clips, n, picked, *span) for n in (numbers, donors))
-        told = {"own": own, "shifted": own, "flat": np.zeros_like(own), "swapped": other}
-        curves = {"true": measure(segmenter, [true])}
-        first, seed = true[:, :, :1].to(device), config.seed + numbers[0]
+        told = {"flat": np.zeros_like(own), "swapped": other}
+        videos, seed = {"true": true}, config.seed + numbers[0]
+        first = true[:, :, :1].to(device) if config.first else None
         for name in conditions:     # the same seed: nothing but the ECG differs
-            start = SHIFT_S * (name == "shifted") - margin
-            curves[name] = measure(segmenter, stream(told[name], ecg_start=start, frames=frames, fps=fps,
-                                                     first=first, seed=seed))
+            if name == "decoded":
+                chunks = decode_again(tokenizer, true.to(device))
+            elif name == "again" and records:
+                continue
+            else:
+                chunks = stream(told.get(name, own), ecg_start=SHIFT_S * (name == "shifted") - margin,
+                                frames=frames, fps=fps, first=first, seed=seed + 1000 * (name == "again"))
+            videos[name] = torch.cat([chunk.cpu() for chunk in chunks], dim=2)
+        masks = {name: segment(segmenter, video) for name, video in videos.items()}         # B T H W
         for b, (i, donor) in enumerate(zip(numbers, donors)):
+            area = {name: m[b].sum((1, 2), dtype=float) for name, m in masks.items()}
             records.append(SimpleNamespace(
-                clip=i, donor=donor, fps=fps, ef=clips[i]["ef"], r_peaks=r_peaks_of(clips, i),
-                area={name: a[b] for name, (a, _) in curves.items()},
-                cycle={name: cardiac_cycle(a[b], v[b], fps) for name, (a, v) in curves.items()}))
+                clip=i, donor=donor, fps=fps, ef=clips[i]["ef"], r_peaks=r_peaks_of(clips, i), area=area,
+                video={name: video[b] for name, video in videos.items()} if "again" in videos else {},
+                cycle={name: cardiac_cycle(area[name], disk_volume(m[b]), fps) for name, m in masks.items()}))
     beating = [r for r in records if r.cycle["true"]["ef"] is not None]
     return beating, {"clips": len(records), "clips_excluded": len(records) - len(beating)}
 
@@ -261,8 +281,18 @@ def ef_figures(records):
 
 
 def ejection_fraction(config, device):
-    records, counts = run_conditions(config, device, ["own"])
-    return ef_figures(records) | counts
+    """EF, beats and area of the generated video; EF through the tokenizer alone (_decoded), its ceiling.
+
+    diversity: RMS difference of two draws over that of a draw and the true video. As drawn from the true
+    distribution, both are alike and it is 1.
+    """
+    records, counts = run_conditions(config, device, ["own", "decoded", "again"])
+    decoded = ef_scores([r.cycle["decoded"]["ef"] for r in records], [r.cycle["true"]["ef"] for r in records],
+                        "_decoded")
+    pairs = [[(r.video["own"] - r.video[name]).square().mean().sqrt() for name in ("again", "true")]
+             for r in records if r.video]
+    return ef_figures(records) | decoded | own_figures(records) | counts \
+        | {"diversity": ratio(*np.mean(pairs, axis=0)) if pairs else math.nan}
 
 
 # ---------------------------------------------------------------------------- synchrony
@@ -341,19 +371,28 @@ def drift(area):
     return ratio(area[-third:].mean(), area[:third].mean())
 
 
+def swing_ratio(records, name, reference):
+    a, b = (middle([swing(x.area[k], x.fps) for x in records]) for k in (name, reference))
+    return ratio(a, b)
+
+
+def own_figures(records):
+    """The video of a clip's own ECG: correlation of its LV area with the true one's, beats, swing, drift."""
+    r = [pearson(x.area["own"], x.area["true"]) for x in records]
+    return {"area_r_median": middle(r), "area_r_mean": middle(r, np.mean), **beat_figures(records, "own"),
+            "swing": swing_ratio(records, "own", "true"),
+            "drift": middle([drift(x.area["own"]) for x in records])}
+
+
 def sync(config, device):
     """Does the generated heart follow the ECG: its own, moved by 200 ms, flat, another clip's?"""
     records, counts = run_conditions(config, device, ["own", "shifted", "flat", "swapped"])
-    r = [pearson(x.area["own"], x.area["true"]) for x in records]
-    swings = {name: middle([swing(x.area[name], x.fps) for x in records]) for name in ("true", "own", "flat")}
     video = beat_figures(records, "true")       # what the segmenter and the frame rate allow
-    return {"area_r_median": middle(r), "area_r_mean": middle(r, np.mean), **beat_figures(records, "own"),
+    return {**own_figures(records), **swap_figures(records), **ef_figures(records), **counts,
             **{f"{key}_video": video[key] for key in ("ed_error_ms_median", "beats_found")},
             "shift_ms": middle([lag_ms(x.area["shifted"], x.area["own"], x.fps) for x in records]),
-            "flat_swing": ratio(swings["flat"], swings["own"]),
-            "flat_drift": middle([drift(x.area["flat"]) for x in records]), **swap_figures(records),
-            "swing": ratio(swings["own"], swings["true"]),
-            "drift": middle([drift(x.area["own"]) for x in records]), **ef_figures(records), **counts}
+            "flat_swing": swing_ratio(records, "flat", "own"),
+            "flat_drift": middle([drift(x.area["flat"]) for x in records])}
 
 
 # ---------------------------------------------------------------------------- command line

@@ -33,6 +33,8 @@ class GeneratorConfig:
     depth: int = 4              # layers
     ecg_before: float = 0.8     # seconds of ECG before a latent frame that its tokens see directly
     ecg_after: float = 0.4      # and after it
+    condition: str = "ecg"      # or none: a generator of video alone
+    align: str = "both"         # how the ECG reaches the tokens: cross (attention), local (its samples), both
     critic: str = "none"        # self: a head on the generator's trunk; token: a transformer of its own
     critic_depth: int = 2       # layers of a token critic
     bits: int = 13              # of the tokenizer
@@ -48,9 +50,9 @@ PRESETS = {"demo": {}, "paper": dict(dim=512, heads=8, mlp_dim=2048, depth=6, gr
 
 def check_fits(config, tokenizer, encoder):
     """UserError where a GeneratorConfig is not for this tokenizer and ECG encoder."""
-    for key, value in dict(bits=tokenizer.config.bits, grid=tokenizer.grid,
-                           latent_frames=tokenizer.latent_frames, patch_t=tokenizer.config.patch_t,
-                           ecg_dim=encoder.config.dim).items():
+    fits = dict(bits=tokenizer.config.bits, grid=tokenizer.grid, latent_frames=tokenizer.latent_frames,
+                patch_t=tokenizer.config.patch_t) | (dict(ecg_dim=encoder.config.dim) if encoder else {})
+    for key, value in fits.items():
         if getattr(config, key) != value:
             raise UserError(f"the generator is for {key}={getattr(config, key)}, "
                             f"its tokenizer or encoder has {value}")
@@ -73,16 +75,29 @@ class Condition(NamedTuple):
     ecg_start: torch.Tensor     # (B,), time of ecg sample 0
     fps: torch.Tensor           # (B,)
     drop: torch.Tensor          # (B,) True = learned null context in the ECG's place
+    hidden: torch.Tensor        # (B, samples) True = the ECG is not known there, the ECG mask
+    z_hidden: torch.Tensor      # (B, L n) True = some of the patch is not
 
 
-def condition(encoder, ecg, leads, ecg_start, fps, drop=None):
-    """Encode ecg (B, L, samples) with an EcgEncoder."""
-    z = encoder(ecg, leads)                                                                 # B L n D
-    B, L, n, D = z.shape
-    patch = ecg.shape[-1] // n
-    time = ecg_start[:, None] + (torch.arange(n, device=ecg.device) + 0.5) * patch / ECG_HZ  # B n
+def condition(encoder, ecg, leads, ecg_start, fps, drop=None, hidden=None):
+    """Encode ecg (B, L, samples) with an EcgEncoder; hidden (B, samples), True where it is masked."""
+    B, L, N = ecg.shape
     drop = torch.zeros(B, dtype=torch.bool, device=ecg.device) if drop is None else drop
-    return Condition(z.reshape(B, L * n, D), time.repeat(1, L), ecg, leads, ecg_start, fps, drop)
+    hidden = torch.zeros(B, N, dtype=torch.bool, device=ecg.device) if hidden is None else hidden
+    ecg = ecg.masked_fill(hidden[:, None], 0)
+    z = encoder(ecg, leads)                                                                 # B L n D
+    n = z.shape[2]
+    time = ecg_start[:, None] + (torch.arange(n, device=ecg.device) + 0.5) * (N // n) / ECG_HZ   # B n
+    z_hidden = hidden.unflatten(1, (n, -1)).any(2)                                          # B n
+    return Condition(z.flatten(1, 2), time.repeat(1, L), ecg, leads, ecg_start, fps, drop, hidden,
+                     z_hidden.repeat(1, L))
+
+
+def no_condition(config, fps):
+    """The condition of a generator that is told nothing but the frame rate: the null context."""
+    B, x = len(fps), torch.zeros(len(fps), 1, device=fps.device)
+    return Condition(x[..., None].expand(B, 1, config.ecg_dim), x, x[..., None], x[0].long(), x[:, 0], fps,
+                     x[:, 0] == 0, x > 0, x > 0)
 
 
 class Trunk(nn.Module):
@@ -97,14 +112,17 @@ class Trunk(nn.Module):
         self.order = nn.Parameter(0.3 * torch.randn(c.latent_frames, 1, c.dim))
         self.null_z = nn.Parameter(0.02 * torch.randn(c.ecg_dim))
         self.null_local = nn.Parameter(torch.zeros(c.dim))
+        self.rate = nn.Linear(1, c.dim)
         self.local_in = nn.Linear(round((c.ecg_before + c.ecg_after) * ECG_HZ), c.dim)
+        self.local_hidden = nn.Linear(self.local_in.in_features, c.dim, bias=False)
         self.local_lead = nn.Embedding(len(LEADS), c.dim)
         self.local_out = nn.Linear(c.dim, c.dim)
         self.blocks = nn.ModuleList(Block(c.dim, c.heads, c.mlp_dim, context_dim=c.ecg_dim)
                                     for _ in range(depth))
         self.norm = nn.LayerNorm(c.dim)
-        nn.init.zeros_(self.local_out.weight)       # zero at first: an unscaled branch stalls the learning
-        nn.init.zeros_(self.local_out.bias)
+        for layer in (self.local_out, self.local_hidden, self.rate):
+            for p in layer.parameters():
+                nn.init.zeros_(p)                   # an unscaled branch stalls the learning
 
     def frame_times(self, fps):
         """fps (B,) -> (B, T') seconds of each latent frame's middle; the first is one frame, the rest P_t."""
@@ -112,24 +130,31 @@ class Trunk(nn.Module):
         return torch.where(i == 0, 0, (i - 1) * p + (p + 1) / 2) / fps[:, None]
 
     def local_ecg(self, cond, times):
-        """The samples of ecg_before .. ecg_after seconds around each latent frame: (B, L, T', samples)."""
+        """The samples of ecg_before .. ecg_after seconds around each latent frame (B, L, T', samples), and
+        where they are not known (B, 1, T', samples)."""
         first = ((times - self.config.ecg_before - cond.ecg_start[:, None]) * ECG_HZ).round().long()  # B T'
         at = first[..., None] + torch.arange(self.local_in.in_features, device=times.device)        # B T' W
-        inside = (at >= 0) & (at < cond.ecg.shape[-1])
-        at = at.clamp(0, cond.ecg.shape[-1] - 1)[:, None].expand(-1, cond.ecg.shape[1], -1, -1)     # B L T' W
-        samples = torch.gather(cond.ecg[:, :, None].expand(-1, -1, at.shape[2], -1), 3, at)
-        return samples * inside[:, None]
+        outside = (at < 0) | (at >= cond.ecg.shape[-1])
+        at, T = at.clamp(0, cond.ecg.shape[-1] - 1), at.shape[1]
+        hidden = (outside | cond.hidden[:, None].expand(-1, T, -1).gather(2, at))[:, None]         # B 1 T' W
+        at = at[:, None].expand(-1, cond.ecg.shape[1], -1, -1)                              # B L T' W
+        samples = cond.ecg[:, :, None].expand(-1, -1, T, -1).gather(3, at)
+        return samples.masked_fill(hidden, 0), hidden.to(samples.dtype)
 
     def features(self, index, masked, cond):
         """index, masked (B, T', h, w) -> (B, T' hw, D)."""
         B, T, h, w = index.shape
         times = self.frame_times(cond.fps)                                                  # B T'
-        local = F.gelu(self.local_in(self.local_ecg(cond, times)) + self.local_lead(cond.leads)[:, None])
-        local = self.local_out(local.mean(1))                                               # B T' D
-        local = torch.where(cond.drop[:, None, None], self.null_local, local)
-        z = torch.where(cond.drop[:, None, None], self.null_z, cond.z)                      # B M ecg_dim
+        samples, hidden = self.local_ecg(cond, times)
+        local = self.local_in(samples) + self.local_hidden(hidden) + self.local_lead(cond.leads)[:, None]
+        local = self.local_out(F.gelu(local).mean(1))                                       # B T' D
+        drop = cond.drop[:, None, None]
+        local = torch.where(drop | (self.config.align == "cross"), self.null_local, local)
+        drop = drop | cond.z_hidden[..., None] | (self.config.align == "local")
+        z = torch.where(drop, self.null_z, cond.z)                                          # B M ecg_dim
         x = self.embed(index_to_bits(index, self.config.bits))
         x = torch.where(masked[..., None], self.mask_token, x).reshape(B, T, h * w, -1)
+        local = local + self.rate((cond.fps / 25).log().float()[:, None, None])
         x = (x + self.place + self.order + local[:, :, None]).flatten(1, 2)                 # B T'hw D
         time = times.repeat_interleave(h * w, dim=1) / TIME_UNIT                            # B T'hw
         for block in self.blocks:
@@ -283,22 +308,26 @@ def fill_in(generator, index, masked, cond, scorer="random", steps=8, guidance=1
 
 @torch.no_grad()
 def stream_video(tokenizer, encoder, generator, ecg, leads, ecg_start, frames, fps, first=None, overlap=5,
-                 seed=0, **how):
+                 seed=0, hidden=None, **how):
     """Progressive sampling: yields the video in chunks (B, C, n, H, W) in [0, 1], `frames` frames in all.
 
-    ecg (B, L, N) cleaned, numpy, sample 0 at ecg_start seconds; leads (L,); first (B, C, 1, H, W) or None.
+    ecg (B, L, N) cleaned, numpy, sample 0 at ecg_start seconds; leads (L,); first (B, C, 1, H, W) or None;
+    hidden (N,) bool or None, samples that the model is not to know. encoder None: a generator of video alone.
     Each window re-encodes the last `overlap` frames (1 + a multiple of P_t), slides the ECG to its own time
     span, and goes on: the memory does not grow with the length. `how` goes to fill_in.
     """
     c, device = generator.config, next(generator.parameters()).device
-    rng, (B, size) = torch.Generator().manual_seed(seed), (len(ecg), encoder.config.samples)
+    rng, B, size = torch.Generator().manual_seed(seed), len(ecg), encoder.config.samples if encoder else 0
     window = tokenizer.config.frames
     fps_b, leads = torch.full((B,), float(fps), device=device), torch.as_tensor(leads, device=device)
+    hidden = np.zeros(ecg.shape[-1], bool) if hidden is None else hidden
     known, begin, done = first, 0, 0        # frames that the window knows, its first frame, frames yielded
     while done < frames:
         cut = round(((begin + window / 2) / fps - ecg_start) * ECG_HZ) - size // 2
         start = torch.full((B,), ecg_start + cut / ECG_HZ - begin / fps, device=device)
-        cond = condition(encoder, torch.from_numpy(cut_ecg(ecg, cut, size)).to(device), leads, start, fps_b)
+        seen, unseen = (torch.from_numpy(cut_ecg(x, cut, size)).to(device) for x in (ecg, hidden))
+        cond = condition(encoder, seen, leads, start, fps_b, hidden=(unseen > 0).expand(B, -1)) if encoder \
+            else no_condition(c, fps_b)
         index = torch.zeros(B, c.latent_frames, c.grid, c.grid, dtype=torch.long, device=device)
         masked = torch.ones_like(index, dtype=torch.bool)
         if known is not None:

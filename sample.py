@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -53,6 +53,7 @@ class SampleConfig:
     temperature: float = 1      # of drawing tokens
     overlap: int = 5            # frames that a window takes over from the one before; 1 + a multiple of P_t
     shift_ms: float = 0         # moves the ECG later by so many milliseconds
+    hide: str = ""              # seconds of the video whose ECG the model is not told, such as 1.5,3
     seed: int = 0               # of the video and of the built-in ECG
     num: int = 1                # videos; they have the seeds seed, seed + 1, ...
     masks: bool = False         # also OUT/set: the videos, ECGs, LV masks and EFs as a prepared set
@@ -107,12 +108,22 @@ def check_flags(config, window, patch_t, span):
         raise UserError(f"--overlap={config.overlap}: must be 1 + a multiple of {patch_t}, below {window}")
 
 
+def hidden_span(text):
+    """Of --hide: its first and last second, (0, 0) for ""."""
+    try:
+        start, end = map(float, (text or "0,0").split(","))
+        assert start < end or not text
+    except (ValueError, AssertionError):
+        raise UserError(f"--hide={text}: two seconds of the video, the first before the second") from None
+    return start, end
+
+
 # ---------------------------------------------------------------------------- what comes out
 
 def figures(area, volume, r_peaks, frames, fps):
     """Beats and EF of a video, for its report; None = there are none."""
     median = lambda x: round(float(np.median(x)), 1) if len(x) else None                    # noqa: E731
-    cycle = cardiac_cycle(area, volume, fps)
+    cycle = cardiac_cycle(area, volume, fps) if area else {"ed_frames": [], "es_frames": [], "ef": None}
     shown, ed = r_peaks[(r_peaks >= 0) & (r_peaks < frames / fps)], cycle["ed_frames"]
     late = [1000 * min(abs(k / fps - r) for k in ed) for r in shown] if ed else []
     return {"r_peaks_s": shown.round(3).tolist(), "hr_bpm": median(60 / np.diff(r_peaks)), **cycle,
@@ -127,9 +138,12 @@ def make_video(config, models, trace, first, seed, path, dataset):
     side, height, seconds = max(1, round(256 / c.size)) * c.size, 64, config.frames / fps
     instants, lead = start + np.arange(ecg.shape[1]) / ECG_HZ, ecg[leads.index("II") if "II" in leads else 0]
     low, high = np.quantile(lead, [0.001, 0.999])
-    curve = height * (0.88 - 0.62 * np.clip((lead - low) / max(high - low, 1e-6), 0, 1))
+    begin, end = hidden_span(config.hide)
+    hidden = (instants >= begin) & (instants < end)
+    curve = np.where(hidden, 0, lead)                   # the strip shows what the model sees
+    curve = height * (0.88 - 0.62 * np.clip((curve - low) / max(high - low, 1e-6), 0, 1))
     chunks = stream_video(*stages, ecg[None], [LEADS.index(name) for name in leads], start, config.frames,
-                          fps, first, config.overlap, seed, scorer=config.scorer, steps=config.steps,
+                          fps, first, config.overlap, seed, hidden, scorer=config.scorer, steps=config.steps,
                           guidance=config.guidance, temperature=config.temperature)
     with ExitStack() as files:
         npy, gif = (files.enter_context(open(f"{path}.{kind}", "wb")) for kind in ("npy", "gif"))
@@ -143,15 +157,18 @@ def make_video(config, models, trace, first, seed, path, dataset):
             npy.write(frames.tobytes())
             for k, frame in enumerate(np.broadcast_to(frames, (*frames.shape[:3], 3)), bar.n):
                 echo = Image.fromarray(frame).resize((side, side), Image.Resampling.BICUBIC)
-                strip = draw_strip(k / fps, seconds, instants, curve, r_peaks, height, side)
-                picture = np.concatenate([echo, strip])
+                picture = np.asarray(echo)
+                if stages[1]:
+                    strip = draw_strip(k / fps, seconds, instants, curve, r_peaks, height, side)
+                    picture = np.concatenate([picture, strip])
                 gif.write(gif_frame(picture, k, fps))
                 if mp4:
                     mp4.append_data(picture)
-            masks = segment(segmenter, video)[0]                                            # n H W
-            area += masks.sum((1, 2)).tolist()
-            volume += disk_volume(masks).tolist()
-            kept += [masks] if dataset else []
+            if segmenter:
+                masks = segment(segmenter, video)[0]                                        # n H W
+                area += masks.sum((1, 2)).tolist()
+                volume += disk_volume(masks).tolist()
+                kept += [masks] if dataset else []
             bar.update(len(frames))
         gif.write(b";")
     found = figures(area, volume, r_peaks, config.frames, fps)
@@ -160,18 +177,24 @@ def make_video(config, models, trace, first, seed, path, dataset):
                     ecg_offset_s=start, r_peaks_s=found["r_peaks_s"], view="A4C", ef=found["ef"] or "",
                     text=f"A4C view, EF {found['ef']:.0f}" if found["ef"] else "A4C view, no heartbeat")
     return asdict(config) | found | {
-        "name": path.name, "seed": seed, "ecg": config.ecg or "built-in", "leads": leads,
-        "seconds": round(time.time() - began, 2), "device": str(next(models[0].parameters()).device)}
+        "name": path.name, "seed": seed, "leads": leads,
+        "ecg": (config.ecg or "built-in") if stages[1] else "none", "seconds": round(time.time() - began, 2),
+        "device": str(next(models[0].parameters()).device)}
 
 
 def main():
     config = parse_flags(SampleConfig)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = load_models(config.weights, device)
-    c, span = models[0].config, models[1].config.samples / ECG_HZ
+    c, encoder = models[0].config, models[1]
+    if not encoder and (config.ecg or config.shift_ms or config.hide or config.masks):
+        raise UserError("this generator was trained without an ECG: no --ecg, --shift_ms, --hide or --masks")
+    span = encoder.config.samples / ECG_HZ if encoder else config.frames / config.fps + 1
     check_flags(config, c.frames, c.patch_t, span)
     check_scorer(models[2].config, config.scorer)
-    traces = [load_ecg(config, span + 1, config.seed + i) for i in range(1 if config.ecg else config.num)]
+    hidden_span(config.hide)
+    told = config if encoder else replace(config, ecg="flat")
+    traces = [load_ecg(told, span + 1, config.seed + i) for i in range(1 if config.ecg else config.num)]
     first = load_image(config.image, c.size, c.channels).to(device) if config.image else None
     stem = Path(config.ecg or "sample").stem
     names = [stem] if config.num == 1 else [f"{stem}_{i}" for i in range(config.num)]

@@ -294,10 +294,33 @@ def test_time_alignment(tiny):
     times, masked = generator.frame_times(cond.fps), torch.ones_like(index, dtype=torch.bool)
     assert times[0].tolist() == pytest.approx([0, .06, .14, .22, .30, .38])
     moved = late._replace(ecg=torch.roll(cond.ecg, 25, -1))                        # 0.1 s later in the array
-    a, b, c = (generator.local_ecg(x, times) for x in (cond, moved, late))
+    a, b, c = (generator.local_ecg(x, times)[0] for x in (cond, moved, late))
     assert torch.allclose(a[..., 50:-50], b[..., 50:-50]) and not torch.allclose(a, c)
     a, b = (generator.features(index, masked, cond._replace(ecg_start=x.ecg_start)) for x in (cond, late))
     assert not torch.allclose(a, b, atol=1e-3)
+
+
+def test_hidden_ecg(tiny):
+    """A hidden span that still reaches the tokens, by either way; hiding that changes nothing; a way that is
+    shut off and is not."""
+    generator, index = tiny.generator, torch.randint(0, 8192, (1, 6, 8, 8))
+    hidden = train_generator.choose_hidden(torch.tensor([[0.1, 0.5, 0.4], [0.3, 0.5, 0.4]]), 600, share=0.2)
+    assert hidden.sum(1).tolist() == [165, 0] and hidden[0, 158:323].all()
+    ecg = torch.randn(2, 1, 2, 600)
+    other = torch.where(hidden[:1, None], ecg[0], ecg[1])       # as the first, but for the hidden span
+
+    def features(ecg, hidden, align="both"):
+        generator.config.align = align
+        cond = condition(tiny.encoder, ecg, torch.tensor([0, 1]), torch.tensor([-0.98]), torch.tensor([25.]),
+                         hidden=hidden)
+        return generator.features(index, torch.ones_like(index, dtype=torch.bool), cond)
+    whole, a, b = features(ecg[0], None), features(ecg[0], hidden[:1]), features(ecg[1], hidden[:1])
+    assert torch.equal(a, features(torch.where(hidden[:1, None], 9., ecg[0]), hidden[:1]))
+    assert not torch.allclose(a, whole, atol=1e-3) and not torch.allclose(a, b, atol=1e-3)
+    for align in ("local", "cross"):
+        assert not torch.allclose(features(other, None, align), features(ecg[0], None, align), atol=1e-4)
+        assert not torch.allclose(features(other, None, align), features(other, None), atol=1e-4)
+    generator.config.align = "both"
 
 
 def test_masks():
@@ -350,7 +373,8 @@ def train_flags(stage, data, weights, out):
 def phantom(tmp_path_factory):
     """A small prepared set, made by the command of the README."""
     out = tmp_path_factory.mktemp("datasets") / "phantom"
-    run("-m", "data.phantom", f"--out={out}", "--clips=6", "--val=4", "--test=2", "--frames=32")
+    run("-m", "data.phantom", f"--out={out}", "--clips=6", "--val=4", "--test=2", "--frames=32",
+        "--any_fps=0.34")
     return out
 
 
@@ -360,7 +384,7 @@ def weights(phantom, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "tiny"
     for stage in SMALL:
         call(TRAINERS[stage].main, *train_flags(stage, phantom, out, out), "--steps=4")
-    call(heart.main, f"--data={phantom}", f"--out={out}", "--steps=4")
+    call(heart.main, f"--data={phantom}", f"--weights={out}", f"--out={out}", "--steps=4")
     return out
 
 
@@ -390,6 +414,19 @@ def test_resumed_equals_uninterrupted(stage, phantom, weights, tmp_path, monkeyp
     (losses, a), (resumed, b) = (result(tmp_path / name, stage) for name in ("whole", "cut"))
     assert losses == resumed and len(losses) == a["step"] == b["step"] == 6
     assert all(torch.equal(a[k][w], b[k][w]) for k in ("model", "ema") for w in a[k])
+
+
+def test_generator_of_video_alone(phantom, weights, tmp_path):
+    """--condition=none that still asks for an ECG, learns nothing, or cannot sample."""
+    call(train_generator.main, *train_flags("generator", phantom, weights, tmp_path), "--condition=none",
+         "--steps=60", "--warmup=1", "--lr=3e-3", "--log_every=1", "--none_share=1", "--prefix_share=0")
+    losses = [loss for loss, _ in result(tmp_path, "generator")[0].values()]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5]) and not (tmp_path / "ecg_encoder.pt").exists()
+    shutil.copy(weights / "tokenizer.pt", tmp_path)
+    call(sample.main, f"--weights={tmp_path}", f"--out={tmp_path / 'out'}", "--frames=12", "--steps=2")
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert np.load(tmp_path / "out/sample.npy").shape == (12, 64, 64, 1) and report["lv_area"] == []
+    refused("without an ECG", call, sample.main, f"--weights={tmp_path}", "--shift_ms=200")
 
 
 @pytest.mark.parametrize("stage", TRAINERS)
@@ -579,6 +616,8 @@ def test_phantom(phantom):
     flat = make_clip(3, rhythm="flat")
     assert np.ptp(flat["volume"]) < 0.01 * flat["volume"].max() and not flat["r_peaks_s"]
     assert np.allclose(ecg[2:4], [ecg[1] - ecg[0], -(ecg[0] + ecg[1]) / 2], atol=1e-5)     # III, aVR
+    rates = [Clips(phantom, "train")[i]["fps"] for i in range(6)]
+    assert rates[:4] == [25] * 4 and all(8 <= rate <= 60 and rate != 25 for rate in rates[4:])
     assert (Clips(phantom, "test").per_frame("video", 1) == make_clip((0, 2, 1), frames=32)["video"]).all()
 
 
@@ -787,6 +826,7 @@ def test_measures():
 
 @pytest.mark.parametrize("mode, target, missed, figures", [
     ("reconstruction", "mse=9", "mse=1e-9", "mae psnr ssim codes_used codebook_perplexity rd_bound_mse"),
+    ("ef", "clips=2", "clips=3", "ef_r2 ef_mae ef_rmse ef_r2_true ef_mae_true ef_mae_decoded diversity"),
     ("sync", "clips=2", "clips=3", "area_r_median ed_error_ms_median ed_error_ms_p95 beats_found extra_beats "
                                    "shift_ms flat_swing swap_follows_donor clips seed device weights")])
 def test_evaluate_modes(mode, target, missed, figures, phantom, weights, tmp_path):

@@ -3,7 +3,8 @@
     python train_generator.py --data=datasets/phantom --weights=runs/demo --out=runs/demo  # demo, CPU or GPU
     torchrun --nproc_per_node=8 train_generator.py --preset=paper --data=datasets/NAME --weights=DIR --out=OUT
 
-Needs tokenizer.pt and ecg_encoder.pt in --weights. Reads windows of T+1 frames with the ECG around them,
+Needs tokenizer.pt and ecg_encoder.pt in --weights; --condition=none, for video of any kind that has no ECG,
+the first alone. Reads windows of T+1 frames with the ECG around them,
 writes OUT/generator.pt and OUT/ecg_encoder.pt (EMA weights), OUT/generator_state.pt (all that --resume needs)
 and OUT/generator.jsonl (a line a logged step). Every validation also gives the loss with a wrong ECG, another
 clip's: the gap between the two is the method's pulse. It opens late, after some thousands of clips.
@@ -27,7 +28,7 @@ from data.flags import parse_flags, run_main
 from data.runs import (Log, all_mean, check_out, check_same, ema_update, init_distributed, load_state,
                        load_weights, model_config, save_state, save_weights, schedule, update)
 from ecg_encoder import EcgConfig, EcgEncoder
-from generator import Generator, GeneratorConfig, check_fits, condition, masked_share
+from generator import Generator, GeneratorConfig, check_fits, condition, masked_share, no_condition
 from tokenizer import Tokenizer, TokenizerConfig, parameter_count
 
 
@@ -51,6 +52,8 @@ class TrainConfig(GeneratorConfig):
     prefix_share: float = 0.40      # clips with two or more known latent frames; the rest know the first
     drop_ecg: float = 0.10          # clips whose ECG is replaced by the null context
     redraw_share: float = 0.40      # clips whose ECG is drawn as by another recorder
+    hide_share: float = 0.20        # clips with a span of the ECG hidden
+    freeze_encoder: bool = False    # leave the ECG encoder as it is
     critic_weight: float = 1.0      # Eq. 10, where there is a --critic
     bf16: bool = True               # autocast to bfloat16
     compile: bool = False           # torch.compile
@@ -65,16 +68,19 @@ PRESETS = {"demo": {}, "paper": generator.PRESETS["paper"] | dict(lr=1e-4, batch
 
 
 class Stage2(nn.Module):
-    """Encoder and generator as one module, as DDP wants it: its forward is the loss of every token and, with
-    a critic, the critic's logit of every token and whether it is fake (B, T', h, w)."""
+    """Encoder (or None) and generator as one module, as DDP wants it: its forward is the loss of every token
+    and, with a critic, the critic's logit of every token and whether it is fake (B, T', h, w)."""
 
     def __init__(self, ecg_encoder, generator):
         super().__init__()
         self.ecg_encoder, self.generator = ecg_encoder, generator
 
-    def forward(self, index, masked, batch, drop, u=None):
-        cond = condition(self.ecg_encoder, batch["ecg"], batch["leads"][0], batch["ecg_start"],
-                         batch["fps"], drop)
+    def forward(self, index, masked, batch, drop=None, hidden=None, u=None):
+        if self.ecg_encoder is None:
+            cond = no_condition(self.generator.config, batch["fps"])
+        else:
+            cond = condition(self.ecg_encoder, batch["ecg"], batch["leads"][0], batch["ecg_start"],
+                             batch["fps"], drop, hidden)
         if u is None:
             return self.generator(index, masked, cond)
         loss, judged = self.generator(index, masked, cond, u)
@@ -107,6 +113,14 @@ def choose_masked(config, noise, T, N, known=None):
     order = order.masked_fill(torch.arange(T, device=noise.device)[:, None] < known[:, None, None],
                               2).flatten(1)
     return (order.argsort(1).argsort(1) < many[:, None]).reshape(-1, T, N), known
+
+
+def choose_hidden(noise, samples, share):
+    """ECG mask: uniform numbers (B, 3) -> (B, samples) bool; in a `share` of the clips a span of a twentieth
+    to a half of the ECG is hidden."""
+    length, middle = (0.05 + 0.45 * noise[:, 1:2]) * samples, noise[:, 2:3] * samples       # B 1
+    away = (torch.arange(samples, device=noise.device) - middle).abs()                      # B samples
+    return (away < length / 2) & (noise[:, :1] < share)
 
 
 def as_sampled(tokenizer, index, known):
@@ -151,18 +165,18 @@ def critic_loss(logits, fake, free):
 @torch.no_grad()
 def evaluate(model, tokenizer, data, config, device, rank, world, items=64):
     """Loss with the right and with another clip's ECG, knowing the first frame or half of the clip."""
-    sums = {f"val_{known}_{ecg}": 0.0 for known in ("first", "prefix") for ecg in ("right", "wrong")}
+    which = ("right", "wrong") if config.condition == "ecg" else ("none",)
+    sums = {f"val_{known}_{ecg}": 0.0 for known in ("first", "prefix") for ecg in which}
     for start in range(rank * config.batch, items, config.batch * world):
         batch = torch.utils.data.default_collate([data[n] for n in range(start, start + config.batch)])
         batch = {k: v.to(device) for k, v in batch.items()}
         index = tokenizer.encode(batch["video"])
-        wrong = batch | {k: batch[k].roll(1, 0) for k in ("ecg", "ecg_start")}
+        wrong = batch | {k: batch[k].roll(1, 0) for k in ("ecg", "ecg_start") if k in batch}
         for name, known in (("first", 1), ("prefix", index.shape[1] // 2)):
             masked, many = choose_masked(config, batch["noise"], index.shape[1], index[0, 0].numel(), known)
             given, masked = as_sampled(tokenizer, index, many), masked.reshape(index.shape)
-            for ecg, told in (("right", batch), ("wrong", wrong)):
-                loss = masked_mean(model(given, masked, told,
-                                         torch.zeros_like(batch["fps"], dtype=torch.bool)), masked)
+            for ecg, told in zip(which, (batch, wrong)):
+                loss = masked_mean(model(given, masked, told), masked)
                 sums[f"val_{name}_{ecg}"] += loss.item() * config.batch * world / items
     return all_mean(sums, device)
 
@@ -176,11 +190,13 @@ def main():
 
     # ---- tokenizer and data
     tokenizer = load_weights(config.weights, "tokenizer", Tokenizer, TokenizerConfig).eval().to(device)
-    encoder = load_weights(config.weights, "ecg_encoder", EcgEncoder, EcgConfig)
+    encoder = load_weights(config.weights, "ecg_encoder", EcgEncoder, EcgConfig) \
+        if config.condition == "ecg" else None
+    samples = encoder.config.samples if encoder else 0
     check_fits(config, tokenizer, encoder)
     T, N = tokenizer.latent_frames, tokenizer.grid ** 2
-    train, val = (RandomWindows(Clips(config.data, split), tokenizer.config.frames, encoder.config.samples,
-                                clean_ecg, config.batch * world, config.seed, 4 + 3 * T * N, vary,
+    train, val = (RandomWindows(Clips(config.data, split), tokenizer.config.frames, samples, clean_ecg,
+                                config.batch * world, config.seed, 7 + 3 * T * N, vary,
                                 tokenizer.config.channels)
                   for split, vary in (("train", partial(redraw_ecg, share=config.redraw_share)),
                                       ("val", None)))
@@ -189,10 +205,11 @@ def main():
     shape = model_config(config, GeneratorConfig)
     raw = Stage2(encoder, start_from(config.init_from, shape) if config.init_from else Generator(shape))
     raw = raw.to(device)
+    if config.freeze_encoder and encoder:
+        encoder.requires_grad_(False)
     if rank == 0:
-        print(f"{config}\n{parameter_count(raw.generator):.2f}M parameters and "
-              f"{parameter_count(raw.ecg_encoder):.2f}M of the ECG encoder, "
-              f"{len(train.clips)} clips, {device} x {world}")
+        print(f"{config}\n{parameter_count(raw):.2f}M parameters, {parameter_count(raw.generator):.2f}M of "
+              f"them the generator's, {len(train.clips)} clips, {device} x {world}")
 
     # ---- optimizer and EMA
     optimizer = torch.optim.AdamW(raw.parameters(), lr=config.lr, betas=(0.9, 0.99),
@@ -222,7 +239,8 @@ def main():
             results = log.write(step, **evaluate(ema, tokenizer, val, config, device, rank, world))
         if rank == 0 and step > 0 and (done >= 1 or step % config.save_every == 0):
             save_weights(config.out, "generator", ema.generator, step)
-            save_weights(config.out, "ecg_encoder", ema.ecg_encoder, step)
+            if encoder:
+                save_weights(config.out, "ecg_encoder", ema.ecg_encoder, step)
             save_state(state_path, parts, step, seconds)
         if done >= 1:
             break
@@ -234,12 +252,13 @@ def main():
                 index = tokenizer.encode(batch["video"])                                    # B T' h w
                 masked, known = choose_masked(config, batch["noise"], T, N)
                 index, masked = as_sampled(tokenizer, index, known), masked.reshape(index.shape)
-                drop = batch["noise"][:, -1] < config.drop_ecg
+                hidden = choose_hidden(batch["noise"][:, -3:], samples, config.hide_share)
+                told = batch, batch["noise"][:, -4] < config.drop_ecg, hidden
                 if config.critic == "none":
-                    loss, values = masked_mean(model(index, masked, batch, drop), masked), {}
+                    loss, values = masked_mean(model(index, masked, *told), masked), {}
                 else:
-                    u = batch["noise"][:, 3 + T * N:-1].unflatten(1, (2, -1))
-                    each, logits, fake = model(index, masked, batch, drop, u)
+                    u = batch["noise"][:, 3 + T * N:-4].unflatten(1, (2, -1))
+                    each, logits, fake = model(index, masked, *told, u)
                     free = torch.arange(T, device=device)[:, None, None] >= known[:, None, None, None]
                     bce, values = critic_loss(logits, fake, free.expand_as(fake))
                     loss = masked_mean(each, masked) + config.critic_weight * bce
@@ -254,7 +273,7 @@ def main():
         if step % config.log_every == 0:
             values = all_mean({"loss": loss, "masked": masked.float().mean(), **values}, device)
             log.write(step, **values, lr=lr, seconds=seconds, **log.rate(step, config, world),
-                      leads=len(batch["leads"][0]))
+                      leads=len(batch["leads"][0]) if encoder else 0)
             log.bar.set_postfix({"loss": f"{values['loss']:.3f}", **results})
         log.bar.update()
 

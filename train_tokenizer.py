@@ -116,9 +116,9 @@ class VGG16(nn.Module):
 
 class Discriminator(nn.Module):
     """Judges places of a video (B, C, T, H, W), real or not, by convolutions over space and time: it sees
-    motion. Without the spectral norm (Miyato et al. 2018) it wins: its gradient grows, Eq. 6 weighs it down to
-    nothing, and nothing gets sharper. LeCAM (Tseng et al. 2021) keeps its verdicts near a moving average of the
-    opposite ones."""
+    motion. Without the spectral norm (Miyato et al. 2018) it wins: its gradient grows, Eq. 6 weighs it down
+    to nothing, and nothing gets sharper. LeCAM (Tseng et al. 2021) keeps its verdicts near a moving average
+    of the opposite ones."""
 
     def __init__(self, channels, width=32):
         super().__init__()

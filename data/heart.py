@@ -4,7 +4,7 @@
 
 Run it to train the U-Net on a set's masks; writes OUT/segmenter.pt, prints its Dice on the val split:
 
-    python -m data.heart --data=datasets/phantom --out=runs/demo --minutes=2
+    python -m data.heart --data=datasets/phantom --weights=runs/demo --out=runs/demo
 """
 import math
 import time
@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from data.clips import Clips, as_video, chosen
 from data.flags import UserError, parse_flags, run_main
-from data.runs import Log, init_distributed, save_weights, schedule
+from data.runs import Log, init_distributed, load_weights, save_weights, schedule
+from tokenizer import Tokenizer, TokenizerConfig, parameter_count
 
 
 # ---------------------------------------------------------------------------- masks
@@ -30,7 +31,7 @@ from data.runs import Log, init_distributed, save_weights, schedule
 class SegmenterConfig:
     channels: int = 1           # of the video
     width: int = 16             # channels of the first level, doubled at each one below
-    levels: int = 3             # resolutions
+    levels: int = 4             # resolutions
 
 
 def double_conv(inputs, width):
@@ -162,30 +163,35 @@ def ratio(a, b):
 @dataclass
 class TrainConfig(SegmenterConfig):
     data: str = "datasets/phantom"  # prepared data set with masks
+    weights: str = ""           # folder with a tokenizer.pt: half of the frames go through it first
     out: str = "runs/demo"      # folder for segmenter.pt
     steps: int = 0              # stop after so many steps; 0 = after --minutes
-    minutes: float = 2          # stop after so many minutes of training
-    batch: int = 16             # frames of one step
+    minutes: float = 5          # stop after so many minutes of training
+    batch: int = 44             # frames of one step
     lr: float = 3e-3            # peak learning rate of AdamW; linear warm-up, then cosine to a twentieth
     warmup: int = 50            # steps of warm-up
     num: int = 0                # clips of the val split that are measured; 0 = all
     seed: int = 0               # of weights and data
 
 
-def random_frames(clips, config, step):
+def random_frames(clips, config, step, tokenizer=None):
     """Frames (B, C, H, W) and masks (B, 1, H, W), a function of (seed, step).
 
-    Gain, gamma and blur vary, so that the U-Net also fits the smoother video of a tokenizer.
+    Gain, gamma and blur vary, and half of the frames are as the tokenizer gives them back, so that true and
+    generated video are measured alike.
     """
-    rng, B = np.random.default_rng((config.seed, step)), config.batch
-    at = [(i, int(rng.integers(clips[i]["frames"]))) for i in rng.integers(len(clips), size=B).tolist()]
-    x, y = (np.concatenate([clips.per_frame(name, i, t, 1) for i, t in at]).astype(np.float32)
-            for name in ("video", "mask"))
-    gain, gamma, soft = rng.uniform([[0.7], [0.7], [0]], [[1.3], [1.4], [1]], (3, B))[..., None, None, None]
-    x = x / 255
-    x = x + soft * (gaussian_filter(x, 1.5, axes=(1, 2), mode="nearest") - x)               # B H W C
-    x = torch.from_numpy((gain * x ** gamma).clip(0, 1)).float().permute(0, 3, 1, 2)        # B C H W
-    return x, torch.from_numpy(y)[:, None]
+    rng, T = np.random.default_rng((config.seed, step)), tokenizer.config.frames if tokenizer else 1
+    numbers = rng.integers(len(clips), size=max(1, config.batch // T)).tolist()
+    at = [(i, int(rng.integers(clips[i]["frames"] - T + 1))) for i in numbers]
+    video, mask = (np.stack([clips.per_frame(name, i, t, T) for i, t in at]) for name in ("video", "mask"))
+    x = torch.from_numpy(video).permute(0, 4, 1, 2, 3) / 255                                # n C T H W
+    if tokenizer:
+        x[::2] = tokenizer.decode(tokenizer.encode(x[::2]))
+    x = x.transpose(1, 2).flatten(0, 1).numpy()                                             # B C H W
+    gain, gamma, soft = rng.uniform([.7, .7, 0], [1.3, 1.4, 1], (len(x), 3)).T[..., None, None, None]
+    x = x + soft * (gaussian_filter(x, 1.5, axes=(2, 3), mode="nearest") - x)
+    x = torch.from_numpy((gain * x ** gamma).clip(0, 1)).float()
+    return x, torch.from_numpy(mask).flatten(0, 1)[:, None].float()
 
 
 def measure_segmenter(model, clips, numbers):
@@ -207,7 +213,9 @@ def main():
     device = init_distributed(config.seed)[0]
     train, val = (Clips(config.data, split) for split in ("train", "val"))
     model = Segmenter(SegmenterConfig(train.meta["channels"], config.width, config.levels)).to(device)
-    print(f"{config}\n{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(train)} clips")
+    tokenizer = load_weights(config.weights, "tokenizer", Tokenizer, TokenizerConfig).eval() \
+        if config.weights else None
+    print(f"{config}\n{parameter_count(model):.2f}M parameters, {len(train)} clips")
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
     log, began = Log(config, "segmenter", 0), time.time()
     for step in count():
@@ -215,8 +223,10 @@ def main():
         if done >= 1:
             break
         optimizer.param_groups[0]["lr"] = lr
-        x, y = (v.to(device) for v in random_frames(train, config, step))
-        logits = model(x)
+        x, y = (v.to(device) for v in random_frames(train, config, step, tokenizer))
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = model(x)
+        logits = logits.float()
         p = torch.sigmoid(logits)
         dice = (2 * (p * y).sum((1, 2, 3)) + 1) / ((p + y).sum((1, 2, 3)) + 1)              # B
         loss = F.binary_cross_entropy_with_logits(logits, y) + 1 - dice.mean()

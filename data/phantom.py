@@ -37,6 +37,7 @@ class PhantomConfig:
     test: int = 128                # clips in the test split
     size: int = 64                 # height and width in pixels
     fps: float = 25.0              # frames per second
+    any_fps: float = 0.0           # share of the training clips with a rate of their own, 8 to 60 a second
     frames: int = 64               # frames a clip
     seed: int = 0                  # the same seed gives the same bytes, whatever the number of workers
     workers: int = 0               # processes; 0: one a core
@@ -349,22 +350,32 @@ def make_clip(seed, size=64, frames=64, fps=25.0, hr=None, ef=None, rhythm=None,
 
 
 def numbered_clip(job, **how):
-    return {"id": job[0]} | make_clip(job[1], **how)
+    name, seed, fps = job
+    return {"id": name} | make_clip(seed, fps=fps, **how)
+
+
+def list_jobs(cfg):
+    """(name, seed, fps) of every clip by split. The split is part of the seed, so no clip of one split can be
+    in another; the clips with a rate of their own come last."""
+    def fps(s, i, n):
+        own = s == 0 and i >= round(n * (1 - cfg.any_fps))
+        return round(8 * 7.5 ** np.random.default_rng((cfg.seed, s, i, 1)).random(), 2) if own else cfg.fps
+    counts = dict(train=cfg.clips, val=cfg.val, test=cfg.test)
+    return {split: [(f"{split}{i:06d}", (cfg.seed, s, i), fps(s, i, n)) for i in range(n)]
+            for s, (split, n) in enumerate(counts.items())}
 
 
 def main():
     cfg = parse_flags(PhantomConfig)
     print(cfg)
-    counts = dict(train=cfg.clips, val=cfg.val, test=cfg.test)
-    if min(counts.values()) < 0 or cfg.size < 16 or cfg.frames < 1 or cfg.fps <= 0:
+    if min(cfg.clips, cfg.val, cfg.test) < 0 or cfg.size < 16 or cfg.frames < 1 or cfg.fps <= 0:
         raise UserError("clips, val and test must be 0 or more, size 16 or more, frames and fps above 0")
+    if not 0 <= cfg.any_fps <= 1:
+        raise UserError(f"--any_fps={cfg.any_fps:g}: a share, 0 to 1")
     meta = dict(name=os.path.basename(cfg.out.rstrip("/")), fps=cfg.fps, height=cfg.size, width=cfg.size,
                 channels=1, leads=LEADS, source="phantom", command=" ".join(["data.phantom", *sys.argv[1:]]))
-    # The split is part of the seed, so no clip of one split can be in another
-    jobs = {split: [(f"{split}{i:06d}", (cfg.seed, s, i)) for i in range(n)]
-            for s, (split, n) in enumerate(counts.items())}
-    make = partial(numbered_clip, size=cfg.size, frames=cfg.frames, fps=cfg.fps)
-    prepare(cfg.out, meta, jobs, make, cfg.workers)
+    make = partial(numbered_clip, size=cfg.size, frames=cfg.frames)
+    prepare(cfg.out, meta, list_jobs(cfg), make, cfg.workers)
 
 
 if __name__ == "__main__":
