@@ -25,7 +25,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
-from data.clips import ECG_HZ, LEADS
+from data.clips import ECG_HZ, LEADS, as_video
 from data.ecg import clean_ecg, find_r_peaks, go_on
 from data.ecg_files import read_ecg
 from data.flags import UserError, parse_flags, run_main
@@ -130,11 +130,20 @@ def figures(area, volume, r_peaks, frames, fps):
             "lv_area": area, "ed_error_ms": median(late)}
 
 
+def masks_of(segmenter, frames, block=64):
+    """frames (T, H, W, C) uint8 -> LV masks (n, H, W), block by block, each seen with what lies around it."""
+    k = segmenter.config.context
+    for at in range(0, len(frames), block):
+        begin = max(0, at - k)
+        masks = segment(segmenter, as_video(np.array(frames[begin:at + block + k]))[None])[0]
+        yield masks[at - begin:][:block]
+
+
 @torch.no_grad()
 def make_video(config, models, trace, first, seed, path, dataset):
     """Sample one video into PATH.npy, .gif and .mp4, and a Writer's data set if given; returns its report."""
     (*stages, segmenter), (raw, ecg, leads, start, r_peaks) = models, trace
-    began, c, fps, area, volume, kept = time.time(), models[0].config, config.fps, [], [], []
+    began, c, fps = time.time(), models[0].config, config.fps
     side, height, seconds = max(1, round(256 / c.size)) * c.size, 64, config.frames / fps
     instants, lead = start + np.arange(ecg.shape[1]) / ECG_HZ, ecg[leads.index("II") if "II" in leads else 0]
     low, high = np.quantile(lead, [0.001, 0.999])
@@ -164,13 +173,13 @@ def make_video(config, models, trace, first, seed, path, dataset):
                 gif.write(gif_frame(picture, k, fps))
                 if mp4:
                     mp4.append_data(picture)
-            if segmenter:
-                masks = segment(segmenter, video)[0]                                        # n H W
-                area += masks.sum((1, 2)).tolist()
-                volume += disk_volume(masks).tolist()
-                kept += [masks] if dataset else []
             bar.update(len(frames))
         gif.write(b";")
+    area, volume, kept = [], [], []
+    for masks in masks_of(segmenter, np.load(f"{path}.npy", mmap_mode="r")) if segmenter else ():
+        area += masks.sum((1, 2)).tolist()
+        volume += disk_volume(masks).tolist()
+        kept += [masks] if dataset else []
     found = figures(area, volume, r_peaks, config.frames, fps)
     if dataset:
         dataset.add(id=path.name, fps=fps, video=np.load(f"{path}.npy"), mask=np.concatenate(kept), ecg=raw.T,

@@ -8,7 +8,7 @@ Run it to train the U-Net on a set's masks; writes OUT/segmenter.pt, prints its 
 """
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 import numpy as np
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data.clips import Clips, as_video, chosen
 from data.flags import UserError, parse_flags, run_main
-from data.runs import Log, init_distributed, load_weights, save_weights, schedule
+from data.runs import Log, init_distributed, load_weights, model_config, save_weights, schedule
 from tokenizer import Tokenizer, TokenizerConfig, parameter_count
 
 
@@ -32,6 +32,7 @@ class SegmenterConfig:
     channels: int = 1           # of the video
     width: int = 16             # channels of the first level, doubled at each one below
     levels: int = 4             # resolutions
+    context: int = 2            # frames before and after that it sees: blood flickers, the wall does not
 
 
 def double_conv(inputs, width):
@@ -42,13 +43,13 @@ def double_conv(inputs, width):
 
 
 class Segmenter(nn.Module):
-    """U-Net (Ronneberger et al. 2015), frames of any size: (B, C, H, W) in [0, 1] -> logits (B, 1, H, W)."""
+    """U-Net (Ronneberger et al. 2015), any size: frames in_context -> logits (B, 1, H, W)."""
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
         widths = [c.width * 2 ** i for i in range(c.levels)]
-        self.down = nn.ModuleList(map(double_conv, [c.channels, *widths], widths))
+        self.down = nn.ModuleList(map(double_conv, [c.channels * (2 * c.context + 1), *widths], widths))
         self.up = nn.ModuleList(double_conv(a + b, a) for a, b in zip(widths[-2::-1], widths[:0:-1]))
         self.head = nn.Conv2d(c.width, 1, 1)
 
@@ -69,16 +70,22 @@ def largest_part(mask):
     return parts == np.bincount(parts.flat)[1:].argmax() + 1 if many > 1 else mask
 
 
+def in_context(video, k):
+    """Each frame of video (B, C, T, H, W) with k before and k after it: (B T, C (2 k + 1), H, W)."""
+    T = video.shape[2]
+    at = (torch.arange(T)[:, None] + torch.arange(-k, k + 1)).clamp(0, T - 1)               # T 2k+1
+    return video[:, :, at].transpose(1, 2).flatten(0, 1).flatten(1, 2)
+
+
 @torch.no_grad()
 def segment(segmenter, video):
-    """video (B, C, T, H, W) in [0, 1] -> masks (B, T, H, W) uint8, one region each; 64 frames at a time."""
+    """video (B, C, T, H, W) in [0, 1] -> masks (B, T, H, W) uint8, one region each."""
     B, C, T, H, W = video.shape
     if C != segmenter.config.channels:
         raise UserError(f"the segmenter takes {segmenter.config.channels} channels, the video has {C}")
-    device = next(segmenter.parameters()).device
-    chunks = video.transpose(1, 2).flatten(0, 1).split(64)                                  # BT C H W
-    masks = torch.cat([(segmenter(x.to(device)) > 0)[:, 0].cpu() for x in chunks]).numpy()  # BT H W
-    return np.stack([largest_part(m) for m in masks]).astype(np.uint8).reshape(B, T, H, W)
+    device, k = next(segmenter.parameters()).device, segmenter.config.context
+    masks = [(segmenter(in_context(clip[None], k).to(device)) > 0)[:, 0].cpu().numpy() for clip in video]
+    return np.stack([[largest_part(m) for m in clip] for clip in masks]).astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------- volume, beats, EF
@@ -174,24 +181,27 @@ class TrainConfig(SegmenterConfig):
     seed: int = 0               # of weights and data
 
 
-def random_frames(clips, config, step, tokenizer=None):
-    """Frames (B, C, H, W) and masks (B, 1, H, W), a function of (seed, step).
+WINDOW = 11         # frames read at a time where no tokenizer says how many
 
-    Gain, gamma and blur vary, and half of the frames are as the tokenizer gives them back, so that true and
+
+def random_frames(clips, config, step, tokenizer=None):
+    """Frames in_context and their masks (B, 1, H, W), a function of (seed, step).
+
+    Gain, gamma and blur vary, and half of the windows are as the tokenizer gives them back, so that true and
     generated video are measured alike.
     """
-    rng, T = np.random.default_rng((config.seed, step)), tokenizer.config.frames if tokenizer else 1
+    rng, T = np.random.default_rng((config.seed, step)), tokenizer.config.frames if tokenizer else WINDOW
     numbers = rng.integers(len(clips), size=max(1, config.batch // T)).tolist()
     at = [(i, int(rng.integers(clips[i]["frames"] - T + 1))) for i in numbers]
     video, mask = (np.stack([clips.per_frame(name, i, t, T) for i, t in at]) for name in ("video", "mask"))
     x = torch.from_numpy(video).permute(0, 4, 1, 2, 3) / 255                                # n C T H W
     if tokenizer:
         x[::2] = tokenizer.decode(tokenizer.encode(x[::2]))
-    x = x.transpose(1, 2).flatten(0, 1).numpy()                                             # B C H W
-    gain, gamma, soft = rng.uniform([.7, .7, 0], [1.3, 1.4, 1], (len(x), 3)).T[..., None, None, None]
-    x = x + soft * (gaussian_filter(x, 1.5, axes=(2, 3), mode="nearest") - x)
+    x = x.numpy()
+    gain, gamma, soft = rng.uniform([.7, .7, 0], [1.3, 1.4, 1], (len(x), 3)).T.reshape(3, -1, 1, 1, 1, 1)
+    x = x + soft * (gaussian_filter(x, 1.5, axes=(3, 4), mode="nearest") - x)
     x = torch.from_numpy((gain * x ** gamma).clip(0, 1)).float()
-    return x, torch.from_numpy(mask).flatten(0, 1)[:, None].float()
+    return in_context(x, config.context), torch.from_numpy(mask).flatten(0, 1)[:, None].float()
 
 
 def measure_segmenter(model, clips, numbers):
@@ -212,7 +222,8 @@ def main():
     config = parse_flags(TrainConfig)
     device = init_distributed(config.seed)[0]
     train, val = (Clips(config.data, split) for split in ("train", "val"))
-    model = Segmenter(SegmenterConfig(train.meta["channels"], config.width, config.levels)).to(device)
+    shape = replace(model_config(config, SegmenterConfig), channels=train.meta["channels"])
+    model = Segmenter(shape).to(device)
     tokenizer = load_weights(config.weights, "tokenizer", Tokenizer, TokenizerConfig).eval() \
         if config.weights else None
     print(f"{config}\n{parameter_count(model):.2f}M parameters, {len(train)} clips")
