@@ -3,6 +3,7 @@
     python evaluate.py reconstruction --data=datasets/phantom --weights=runs/demo       # the paper's Table 1
     python evaluate.py ef --data=datasets/phantom --weights=runs/demo                   # its Table 3
     python evaluate.py sync --data=datasets/phantom --weights=runs/demo --num=64        # the synchrony test
+    python evaluate.py drift --weights=runs/demo --frames=2000                          # a long video
 
 Prints a table and writes OUT/eval_MODE.json. --target_KEY=x (--target_ssim=.8, --target_shift_ms=160) makes a
 figure a check: exit code 1 where it is farther from its best value than x is. Area and volume curves come
@@ -28,8 +29,10 @@ from tqdm import tqdm
 from data.clips import ECG_HZ, LEADS, Clips, as_video, chosen, cut_ecg
 from data.ecg import clean_ecg, find_r_peaks
 from data.flags import UserError, parse_flags, parse_value, run_main
-from data.heart import (Segmenter, SegmenterConfig, cardiac_cycle, disk_volume, ef_scores, middle, ratio,
-                        segment, smooth, swing)
+from data.heart import Segmenter, SegmenterConfig, cardiac_cycle, disk_volume, ef_scores, segment
+from data.measures import (MATCH_S, edge_energy, lag_ms, match, middle, pearson, rate_distortion_bound, ratio,
+                           ssim, swing)
+from data.phantom import make_ecg
 from data.runs import COMMIT, init_distributed, load_weights
 from ecg_encoder import EcgConfig, EcgEncoder
 from generator import Generator, GeneratorConfig, check_fits, check_scorer, stream_video
@@ -61,6 +64,8 @@ EF_DECODED = "ef_r2_decoded ef_mae_decoded ef_rmse_decoded"
 OWN = "area_r_median area_r_mean ed_error_ms_median ed_error_ms_p95 beats_found extra_beats swing drift"
 FIGURES = {"reconstruction": "mse mae psnr ssim sharpness codes_used codebook_perplexity sector_perplexity "
                              "rd_bound_mse windows clips",
+           "drift": "grey contrast area " + " ".join(f"{key}_{end}" for end in ("first", "last") for key in
+                    ("ed_error_ms_median", "ed_error_ms_p95", "beats_found", "extra_beats")) + " clips",
            "ef": f"{EF} {EF_DECODED} {OWN} diversity clips clips_excluded",
            "sync": f"{OWN} ed_error_ms_median_video beats_found_video shift_ms flat_swing flat_drift "
                    f"swap_follows_donor swap_r_donor swap_r_own {EF} clips clips_excluded"}
@@ -110,34 +115,6 @@ def aligned_ecg(clips, numbers, leads, start, end):
 BOUND_CLIPS = 256   # clips of the train split that give the patch covariance
 
 
-def gaussian(x, size=11, sigma=1.5):
-    """Gaussian filter without padding: (B, C, H, W) -> (B, C, H - size + 1, W - size + 1)."""
-    C, t = x.shape[1], torch.arange(size, device=x.device) - size // 2
-    k = torch.exp(-t.square() / (2 * sigma ** 2))
-    k = (k / k.sum()).expand(C, 1, 1, size)
-    return F.conv2d(F.conv2d(x, k, groups=C), k.transpose(2, 3), groups=C)
-
-
-def ssim(x, y, K1=0.01, K2=0.03):
-    """Structural similarity (Wang et al. 2004) of frames (B, C, H, W) in [0, 1] -> (B,)."""
-    mx, my, xx, yy, xy = map(gaussian, (x, y, x * x, y * y, x * y))
-    top = (2 * mx * my + K1 ** 2) * (2 * (xy - mx * my) + K2 ** 2)
-    bottom = (mx * mx + my * my + K1 ** 2) * (xx - mx * mx + yy - my * my + K2 ** 2)
-    return (top / bottom).mean((1, 2, 3))
-
-
-def rate_distortion_bound(covariance, bits):
-    """Least mean squared error, per number, of a Gaussian vector of covariance (n, n) at `bits` a vector.
-
-    Reverse water-filling (Cover and Thomas, 10.3): components above the level theta keep an error of theta
-    and share the bits, sum of max(0, log2(lambda / theta) / 2) = bits; the others are not coded at all.
-    """
-    lam = np.linalg.eigvalsh(covariance)[::-1].clip(1e-12)      # largest first
-    # theta if just the k largest were coded; the right k is the one that needs the highest level
-    theta = 2 ** ((np.cumsum(np.log2(lam)) - 2 * bits) / np.arange(1, len(lam) + 1))
-    return np.minimum(theta.max(), lam).mean()
-
-
 def patch_covariance(videos, p_t, p):
     """Covariance of all p_t x p x p patches after the first frame of videos (B, C, T+1, H, W)."""
     total, outer, many = 0, 0, 0
@@ -151,11 +128,6 @@ def in_sector(video, index, p):
     """Tokens (B, T', h, w) bool of places that are not black in all of their window (B, C, T, H, W)."""
     bright = F.max_pool2d(video.amax((1, 2))[:, None], p) > 0.05                            # B 1 h w
     return bright.expand_as(index)
-
-
-def edge_energy(x):
-    """Sum of the squared differences of neighbouring pixels of frames (B, C, H, W)."""
-    return x.diff(dim=-1).square().sum() + x.diff(dim=-2).square().sum()
 
 
 @torch.no_grad()
@@ -218,6 +190,12 @@ def groups(clips, config):
             yield fps, frames, numbers[at:at + config.batch], donors[at:at + config.batch]
 
 
+def how(config):
+    """The settings of the sampler out of a config."""
+    chosen = {key: getattr(config, key) for key in ("scorer", "guidance", "temperature", "overlap")}
+    return chosen | ({"steps": config.steps} if config.steps else {})
+
+
 def decode_again(tokenizer, video):
     """video (B, C, T, H, W) encoded and decoded window by window: what the tokenizer lets through."""
     window, T = tokenizer.config.frames, video.shape[2]
@@ -242,9 +220,7 @@ def run_conditions(config, device, conditions):
     check_scorer(generator.config, config.scorer)
     clips, records, margin = Clips(config.data, config.split), [], encoder.config.samples / ECG_HZ
     picked = pick_leads(clips, config.leads)
-    how = {key: getattr(config, key) for key in ("scorer", "guidance", "temperature", "overlap")}
-    how |= {"steps": config.steps} if config.steps else {}
-    stream = partial(stream_video, tokenizer, encoder, generator, **how,
+    stream = partial(stream_video, tokenizer, encoder, generator, **how(config),
                      leads=[LEADS.index(clips.leads[k]) for k in picked])
     for fps, frames, numbers, donors in tqdm(list(groups(clips, config)), desc="batches"):
         span = -margin, frames / fps + margin
@@ -297,55 +273,20 @@ def ejection_fraction(config, device):
 
 # ---------------------------------------------------------------------------- synchrony
 
-MATCH_S = 0.2       # an R peak and its ED frame are at most so far apart
-
-
-def pearson(x, y):
-    """Correlation of two curves (T,); 0 where one of them is constant."""
-    x, y = x - np.mean(x), y - np.mean(y)
-    scale = math.sqrt((x @ x) * (y @ y))
-    return float(x @ y / scale) if scale > 1e-9 else 0.0
-
-
-def lag_ms(curve, reference, fps, longest_s=0.4):
-    """Milliseconds that a curve (T,) comes after its reference: the lag of the best correlation.
-
-    The search is symmetric, so that chance gives 0 in the median; of two lags a whole beat apart, which
-    correlate alike, the shorter wins.
-    """
-    x, y = smooth(curve, fps), smooth(reference, fps)
-    T, most = len(x), min(round(longest_s * fps), len(x) // 3)
-    lags = np.arange(-most, most + 1)
-    r = np.array([pearson(x[max(k, 0):T + min(k, 0)], y[max(-k, 0):T + min(-k, 0)]) for k in lags])
-    best = int((r - 0.2 * np.abs(lags) / fps).argmax())
-    left, top, right = r[best - 1:best + 2] if 0 < best < 2 * most else (0, 1, 0)
-    part = (left - right) / min(2 * (left - 2 * top + right), -1e-9)    # top of the parabola through three
-    return 1000 / fps * (lags[best] + part)
-
-
-def match(peaks, times):
-    """Indices of R peaks (P,) and ED times (E,) that are each other's nearest, at most MATCH_S apart."""
-    if not len(peaks) or not len(times):
-        return np.zeros((2, 0), int)
-    gap = np.abs(peaks[:, None] - times)                                                    # P E
-    i, j = np.arange(len(peaks)), gap.argmin(1)
-    good = (gap.argmin(0)[j] == i) & (gap[i, j] <= MATCH_S)
-    return i[good], j[good]
-
-
 def beat_figures(records, name):
     """|ED frame - R peak| of the beats found; beats found, and extra ones, as shares of the R peaks.
 
     An R peak counts where it lies in the video, MATCH_S or more from its ends, and (but for the true video's
-    figures) the true video has an ED frame for it: an early ectopic beat finds an unfilled ventricle. A
-    missed one has no error, it lowers beats_found; an ED frame is extra if no R peak at all matches it.
+    figures, and where there is none) the true video has an ED frame for it: an early ectopic beat finds an
+    unfilled ventricle. A missed one has no error, it lowers beats_found; an ED frame is extra if no R peak at
+    all matches it.
     """
     errors, peaks, extra = [], 0, 0
     for record in records:
         times = np.array(record.cycle[name]["ed_frames"]) / record.fps
         end = (len(record.area[name]) - 1) / record.fps
         counts = (record.r_peaks >= MATCH_S) & (record.r_peaks <= end - MATCH_S)
-        if name != "true":
+        if name != "true" and "true" in record.cycle:
             shown = match(record.r_peaks, np.array(record.cycle["true"]["ed_frames"]) / record.fps)[0]
             counts &= np.isin(np.arange(len(counts)), shown)
         i, j = match(record.r_peaks, times)
@@ -365,7 +306,7 @@ def swap_figures(records):
             "swap_r_own": middle(r[:, 1])}
 
 
-def drift(area):
+def area_drift(area):
     """Mean area of the last third over that of the first third."""
     third = max(1, len(area) // 3)
     return ratio(area[-third:].mean(), area[:third].mean())
@@ -381,7 +322,7 @@ def own_figures(records):
     r = [pearson(x.area["own"], x.area["true"]) for x in records]
     return {"area_r_median": middle(r), "area_r_mean": middle(r, np.mean), **beat_figures(records, "own"),
             "swing": swing_ratio(records, "own", "true"),
-            "drift": middle([drift(x.area["own"]) for x in records])}
+            "drift": middle([area_drift(x.area["own"]) for x in records])}
 
 
 def sync(config, device):
@@ -392,12 +333,47 @@ def sync(config, device):
             **{f"{key}_video": video[key] for key in ("ed_error_ms_median", "beats_found")},
             "shift_ms": middle([lag_ms(x.area["shifted"], x.area["own"], x.fps) for x in records]),
             "flat_swing": swing_ratio(records, "flat", "own"),
-            "flat_drift": middle([drift(x.area["flat"]) for x in records])}
+            "flat_drift": middle([area_drift(x.area["flat"]) for x in records])}
+
+
+# ---------------------------------------------------------------------------- a long video
+
+ENDS_S = 10         # so many seconds at the start of a long video are compared with as many at its end
+FPS = 25            # of it
+
+
+@torch.no_grad()
+def drift(config, device):
+    """Does a video of --frames, from a built-in ECG alone, end as it began? `num` of them (0 = 8), no set.
+
+    Mean grey level, contrast (standard deviation over a frame) and LV area of the last ENDS_S seconds over
+    those of the first, medians; beats found and |ED - R| in both.
+    """
+    tokenizer, encoder, generator, segmenter = load_models(config.weights, device)
+    margin, seconds = encoder.config.samples / ECG_HZ, config.frames / FPS
+    traces = [make_ecg(config.seed + i, seconds + 2 * margin, -margin) for i in range(config.num or 8)]
+    chunks = stream_video(tokenizer, encoder, generator, np.stack([clean_ecg(t.ecg.T) for t in traces]),
+                          range(len(LEADS)), -margin, config.frames, FPS, seed=config.seed, **how(config))
+    video = torch.cat([(255 * x).byte().cpu() for x in tqdm(chunks, desc="windows")], dim=2)    # B C T H W
+    n = min(ENDS_S * FPS, config.frames // 2)
+    sums, found = defaultdict(list), {}
+    for end, part in (("first", slice(0, n)), ("last", slice(config.frames - n, None))):
+        records = []
+        for clip, trace in zip(video[:, :, part], traces):
+            frames = clip[None].float() / 255                                               # 1 C n H W
+            mask = segment(segmenter, frames)[0]
+            area = mask.sum((1, 2), dtype=float)
+            cycle, at = cardiac_cycle(area, disk_volume(mask), FPS), trace.r_peaks - part.start / FPS
+            records.append(SimpleNamespace(area={"own": area}, cycle={"own": cycle}, r_peaks=at, fps=FPS))
+            sums[end].append([frames.mean(), frames.std((1, 3, 4)).mean(), area.mean()])
+        found |= {f"{key}_{end}": x for key, x in beat_figures(records, "own").items()}
+    ratios = np.median(np.array(sums["last"]) / np.array(sums["first"]), axis=0).tolist()
+    return dict(zip(("grey", "contrast", "area"), ratios)) | found | {"clips": len(traces)}
 
 
 # ---------------------------------------------------------------------------- command line
 
-MODES = {"reconstruction": reconstruction, "ef": ejection_fraction, "sync": sync}
+MODES = {"reconstruction": reconstruction, "ef": ejection_fraction, "sync": sync, "drift": drift}
 
 
 def split_targets(argv, keys):

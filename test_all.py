@@ -21,7 +21,7 @@ import evaluate
 import sample
 import train_generator
 import train_tokenizer
-from data import echonet_dynamic, heart, runs, short_axis, webvid
+from data import echonet_dynamic, heart, measures, runs, short_axis, webvid
 from data.clips import LEADS, Clips, RandomWindows, as_video, batches, cut_ecg, vary_video
 from data.ecg import clean_ecg, find_r_peaks, redraw_ecg
 from data.ecg_files import read_ecg
@@ -422,8 +422,9 @@ def test_generator_of_video_alone(weights, tmp_path):
     clip = short_axis.make_clip(("", (0, 0, 1)))
     assert (Clips(tmp_path / "set", "train").per_frame("video", 1) == clip["video"]).all()
     assert np.ptp(clip["mask"].sum((1, 2))) > 0.1 * clip["mask"][0].sum() > 10
-    call(train_generator.main, *train_flags("generator", tmp_path / "set", weights, tmp_path), "--condition=none",
-         "--steps=60", "--warmup=1", "--lr=3e-3", "--log_every=1", "--none_share=1", "--prefix_share=0")
+    flags = train_flags("generator", tmp_path / "set", weights, tmp_path)
+    call(train_generator.main, *flags, "--condition=none", "--steps=60", "--warmup=1", "--lr=3e-3",
+         "--log_every=1", "--none_share=1", "--prefix_share=0")
     losses = [loss for loss, _ in result(tmp_path, "generator")[0].values()]
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5]) and not (tmp_path / "ecg_encoder.pt").exists()
     shutil.copy(weights / "tokenizer.pt", tmp_path)
@@ -813,9 +814,9 @@ def test_readme_is_true():
 
 def test_measures():
     """A metric that a constant or a wrong curve would pass."""
-    x, ssim = torch.rand(2, 1, 32, 32), evaluate.ssim
+    x, ssim = torch.rand(2, 1, 32, 32), measures.ssim
     assert torch.allclose(ssim(x, x), torch.ones(2)) and (ssim(x, torch.rand_like(x)) < 0.2).all()
-    assert evaluate.rate_distortion_bound(np.eye(4), 8) == pytest.approx(2 ** -4)      # D = 2^(-2 R / n)
+    assert measures.rate_distortion_bound(np.eye(4), 8) == pytest.approx(2 ** -4)      # D = 2^(-2 R / n)
     y, x = np.mgrid[:64, :64] - 32.0
     ellipse = (x / 12) ** 2 + (y / 24) ** 2 < 1
     assert heart.disk_volume(ellipse[None])[0] == pytest.approx(4 / 3 * np.pi * 12 * 12 * 24, rel=0.03)
@@ -825,17 +826,19 @@ def test_measures():
     assert np.array(cycle["ed_frames"]) / 25 == pytest.approx(0.3 + np.arange(6) / 1.2, abs=0.05)
     assert cycle["ef"] == pytest.approx(100 * (1 - (300 / 500) ** 1.5), abs=4)
     assert heart.cardiac_cycle(400 + 4 * noise, 400 + noise, 25)["ed_frames"] == []
-    assert evaluate.lag_ms(np.roll(area, 5), area, 25) == pytest.approx(200, abs=10)
+    assert measures.lag_ms(np.roll(area, 5), area, 25) == pytest.approx(200, abs=10)
 
 
 @pytest.mark.parametrize("mode, target, missed, figures", [
     ("reconstruction", "mse=9", "mse=1e-9", "mae psnr ssim codes_used codebook_perplexity rd_bound_mse"),
+    ("drift", "clips=2", "clips=3", "grey contrast area beats_found_first ed_error_ms_median_last"),
     ("ef", "clips=2", "clips=3", "ef_r2 ef_mae ef_rmse ef_r2_true ef_mae_true ef_mae_decoded diversity"),
     ("sync", "clips=2", "clips=3", "area_r_median ed_error_ms_median ed_error_ms_p95 beats_found extra_beats "
                                    "shift_ms flat_swing swap_follows_donor clips seed device weights")])
 def test_evaluate_modes(mode, target, missed, figures, phantom, weights, tmp_path):
     """A mode that ends in a traceback, a figure that is missing, or a target that cannot fail."""
     flags = [mode, f"--data={phantom}", f"--weights={weights}", f"--out={tmp_path}", "--steps=1"]
+    flags += ["--num=2"] if mode == "drift" else []
     assert [call(evaluate.main, *flags, f"--target_{x}") for x in (target, missed)] == [0, 1]
     assert set(figures.split()) <= json.loads((tmp_path / f"eval_{mode}.json").read_text()).keys()
 
@@ -855,6 +858,6 @@ def test_real_ecg(tmp_path):
     call(sample.main, f"--ecg={WATCH}", "--frames=128", f"--out={tmp_path}")
     report = json.loads((tmp_path / "report.json").read_text())
     ed, r = np.array(report["ed_frames"]) / 25, np.array(report["r_peaks_s"])
-    i, j = evaluate.match(r, ed)
+    i, j = measures.match(r, ed)
     assert len(j) == len(ed) and set(np.flatnonzero((r > 0.15) & (r < 127 / 25 - 0.15))) <= set(i)
     assert len(ed) >= 5 and np.median(np.abs(r[i] - ed[j])) <= 0.08

@@ -123,6 +123,12 @@ def read_ecg(path, ecg_hz=0, leads=()):
     except Exception as error:      # the readers of damaged files raise anything
         reason = " ".join(str(error).split(";")[0].split())
         raise UserError(f"{path}: cannot be read as {kind}, export it again: {reason}") from None
+    known = [k for k, name in enumerate(names) if lead_name(name)]
+    if 0 < len(known) < len(names):         # pressures, pleth, Frank leads
+        others, names = set(names), [names[k] for k in known]
+        print(f"{path}: no leads, left out: {' '.join(others - set(names))}", file=sys.stderr)
+        signal = np.asarray(signal)[known]
+        mv = mv[known] if np.ndim(mv) else mv
     signal, leads = check_leads(path, np.asarray(signal, float) * (mv if np.all(mv) else 1), names or leads)
     refuse(hz and ecg_hz and abs(hz / ecg_hz - 1) > 0.01, path, f"it says {hz:g} Hz itself; drop --ecg_hz")
     hz = hz or ecg_hz

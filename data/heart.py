@@ -15,12 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter, label
-from scipy.signal import find_peaks, savgol_filter
+from scipy.signal import find_peaks
 from torch import nn
 from tqdm import tqdm
 
 from data.clips import Clips, as_video, chosen
 from data.flags import UserError, parse_flags, run_main
+from data.measures import middle, ratio, smooth, swing
 from data.runs import Log, init_distributed, load_weights, model_config, save_weights, schedule
 from tokenizer import Tokenizer, TokenizerConfig, parameter_count
 
@@ -90,7 +91,6 @@ def segment(segmenter, video):
 
 # ---------------------------------------------------------------------------- volume, beats, EF
 
-SMOOTH_S = 0.1      # half-width of the smoothing: a quadratic fit keeps the extremes that a mean cuts off
 MIN_SWING = 0.05    # an area curve that swings by less than this share of its median shows no beats
 MIN_DEPTH = 0.12    # a beat, an ectopic one too, falls and rises by this share of the curve's swing
 EDGE_S = 0.12       # beats nearer than this to an end of the video do not count
@@ -113,16 +113,6 @@ def disk_volume(masks, disks=20):
         area = np.diff(np.clip(edges[:, None] - along + 0.5, 0, 1).sum(1))
         volumes[t] = math.pi / 4 * np.square(area).sum() / (edges[1] - edges[0])
     return volumes
-
-
-def smooth(curve, fps):
-    """Savitzky-Golay filter (quadratic, 2 SMOOTH_S long) of a curve (T,)."""
-    return savgol_filter(np.asarray(curve, float), 2 * max(1, round(SMOOTH_S * fps)) + 1, 2, mode="nearest")
-
-
-def swing(curve, fps):
-    """95th minus 5th percentile of the smoothed curve."""
-    return np.subtract(*np.percentile(smooth(curve, fps), [95, 5]))
 
 
 def cardiac_cycle(area, volume, fps):
@@ -154,15 +144,6 @@ def ef_scores(found, target, suffix=""):
     mse = middle(np.square(error), np.mean)
     return {f"ef_r2{suffix}": 1 - ratio(mse, middle(pairs[:, 1], np.var)),
             f"ef_mae{suffix}": middle(np.abs(error), np.mean), f"ef_rmse{suffix}": mse ** 0.5}
-
-
-def middle(values, statistic=np.median):
-    """The median (or mean, ...) of values; nan of none."""
-    return float(statistic(values)) if len(values) else math.nan
-
-
-def ratio(a, b):
-    return a / b if b else math.nan
 
 
 # ---------------------------------------------------------------------------- training the U-Net

@@ -39,6 +39,8 @@ class PhantomConfig:
     fps: float = 25.0              # frames per second
     any_fps: float = 0.0           # share of the training clips with a rate of their own, 8 to 60 a second
     frames: int = 64               # frames a clip
+    hr: float = 0.0                # heart rate of all clips, beats a minute; 0 = drawn
+    rhythm: str = ""               # sinus, ectopic, pause, asystole, flat or af for all clips; empty = drawn
     seed: int = 0                  # the same seed gives the same bytes, whatever the number of workers
     workers: int = 0               # processes; 0: one a core
 
@@ -320,8 +322,6 @@ def make_clip(seed, size=64, frames=64, fps=25.0, hr=None, ef=None, rhythm=None,
     """
     rng = np.random.default_rng(seed)
     rhythm = rhythm or rng.choice(list(RHYTHMS), p=list(RHYTHMS.values()))
-    if rhythm not in RHYTHMS:
-        raise UserError(f"rhythm {rhythm!r}: choose one of {', '.join(RHYTHMS)}")
     e = make_ecg(rng, frames / fps + 2 * MARGIN_S, -MARGIN_S, hr, rhythm, ef, noise)
     a, time = draw_anatomy(rng, float(e.signs[3])), np.arange(frames) / fps
     filling, opening = cardiac_cycle(e.beats, time)
@@ -374,7 +374,10 @@ def main():
         raise UserError(f"--any_fps={cfg.any_fps:g}: a share, 0 to 1")
     meta = dict(name=os.path.basename(cfg.out.rstrip("/")), fps=cfg.fps, height=cfg.size, width=cfg.size,
                 channels=1, leads=LEADS, source="phantom", command=" ".join(["data.phantom", *sys.argv[1:]]))
-    make = partial(numbered_clip, size=cfg.size, frames=cfg.frames)
+    if cfg.rhythm and cfg.rhythm not in RHYTHMS or cfg.hr and not 20 <= cfg.hr <= 220:
+        raise UserError(f"--rhythm is one of {', '.join(RHYTHMS)}; --hr 20 to 220 a minute, or 0")
+    make = partial(numbered_clip, size=cfg.size, frames=cfg.frames, hr=cfg.hr or None,
+                   rhythm=cfg.rhythm or None)
     prepare(cfg.out, meta, list_jobs(cfg), make, cfg.workers)
 
 
