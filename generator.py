@@ -321,19 +321,22 @@ def stream_video(tokenizer, encoder, generator, ecg, leads, ecg_start, frames, f
     window = tokenizer.config.frames
     fps_b, leads = torch.full((B,), float(fps), device=device), torch.as_tensor(leads, device=device)
     hidden = np.zeros(ecg.shape[-1], bool) if hidden is None else hidden
+    fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()      # bfloat16 is, there
     known, begin, done = first, 0, 0        # frames that the window knows, its first frame, frames yielded
     while done < frames:
         cut = round(((begin + window / 2) / fps - ecg_start) * ECG_HZ) - size // 2
         start = torch.full((B,), ecg_start + cut / ECG_HZ - begin / fps, device=device)
         seen, unseen = (torch.from_numpy(cut_ecg(x, cut, size)).to(device) for x in (ecg, hidden))
-        cond = condition(encoder, seen, leads, start, fps_b, hidden=(unseen > 0).expand(B, -1)) if encoder \
-            else no_condition(c, fps_b)
         index = torch.zeros(B, c.latent_frames, c.grid, c.grid, dtype=torch.long, device=device)
         masked = torch.ones_like(index, dtype=torch.bool)
         if known is not None:
             prefix = tokenizer.encode(known)
             index[:, :prefix.shape[1]], masked[:, :prefix.shape[1]] = prefix, False
-        video = tokenizer.decode(fill_in(generator, index, masked, cond, rng=rng, **how))  # B C window H W
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+            cond = condition(encoder, seen, leads, start, fps_b, hidden=(unseen > 0).expand(B, -1)) if encoder \
+                else no_condition(c, fps_b)
+            index = fill_in(generator, index, masked, cond, rng=rng, **how)
+        video = tokenizer.decode(index)                                                     # B C window H W
         fresh = video[:, :, done - begin:][:, :, :frames - done]
         yield fresh
         done, begin, known = done + fresh.shape[2], begin + window - overlap, video[:, :, -overlap:]
