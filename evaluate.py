@@ -190,10 +190,19 @@ def groups(clips, config):
             yield fps, frames, numbers[at:at + config.batch], donors[at:at + config.batch]
 
 
-def how(config):
-    """The settings of the sampler out of a config."""
-    chosen = {key: getattr(config, key) for key in ("scorer", "guidance", "temperature", "overlap")}
-    return chosen | ({"steps": config.steps} if config.steps else {})
+def sampler(config, device):
+    """stream_video with the models and settings of a config, tokenizer, segmenter, and the seconds of ECG that
+    it wants before and after the video."""
+    tokenizer, encoder, generator, segmenter = load_models(config.weights, device)
+    if encoder is None:
+        raise UserError("this generator was trained without an ECG: there is no beat to follow")
+    if not 1 <= config.overlap < tokenizer.config.frames:
+        raise UserError(f"--overlap={config.overlap}: 1 to {tokenizer.config.frames - 1} frames of a window")
+    check_scorer(generator.config, config.scorer)
+    how = {key: getattr(config, key) for key in ("scorer", "guidance", "temperature", "overlap")}
+    how |= {"steps": config.steps} if config.steps else {}
+    stream = partial(stream_video, tokenizer, encoder, generator, **how)
+    return stream, tokenizer, segmenter, encoder.config.samples / ECG_HZ
 
 
 def decode_again(tokenizer, video):
@@ -212,16 +221,10 @@ def run_conditions(config, device, conditions):
     with another seed, for the first batch alone, whose records also have each video (C, T, H, W). Clips whose
     true video shows no beats (a pause, a flat ECG) have no ED, no EF and no r: they are left out.
     """
-    tokenizer, encoder, generator, segmenter = load_models(config.weights, device)
-    if encoder is None:
-        raise UserError("this generator was trained without an ECG: there is no beat to follow")
-    if not 1 <= config.overlap < tokenizer.config.frames:
-        raise UserError(f"--overlap={config.overlap}: 1 to {tokenizer.config.frames - 1} frames of a window")
-    check_scorer(generator.config, config.scorer)
-    clips, records, margin = Clips(config.data, config.split), [], encoder.config.samples / ECG_HZ
+    stream, tokenizer, segmenter, margin = sampler(config, device)
+    clips, records = Clips(config.data, config.split), []
     picked = pick_leads(clips, config.leads)
-    stream = partial(stream_video, tokenizer, encoder, generator, **how(config),
-                     leads=[LEADS.index(clips.leads[k]) for k in picked])
+    stream = partial(stream, leads=[LEADS.index(clips.leads[k]) for k in picked])
     for fps, frames, numbers, donors in tqdm(list(groups(clips, config)), desc="batches"):
         span = -margin, frames / fps + margin
         true = torch.stack([as_video(clips.per_frame("video", i, 0, frames)) for i in numbers])  # B C T H W
@@ -349,11 +352,11 @@ def drift(config, device):
     Mean grey level, contrast (standard deviation over a frame) and LV area of the last ENDS_S seconds over
     those of the first, medians; beats found and |ED - R| in both.
     """
-    tokenizer, encoder, generator, segmenter = load_models(config.weights, device)
-    margin, seconds = encoder.config.samples / ECG_HZ, config.frames / FPS
-    traces = [make_ecg(config.seed + i, seconds + 2 * margin, -margin) for i in range(config.num or 8)]
-    chunks = stream_video(tokenizer, encoder, generator, np.stack([clean_ecg(t.ecg.T) for t in traces]),
-                          range(len(LEADS)), -margin, config.frames, FPS, seed=config.seed, **how(config))
+    stream, _, segmenter, margin = sampler(config, device)
+    seconds = config.frames / FPS + 2 * margin
+    traces = [make_ecg(config.seed + i, seconds, -margin) for i in range(config.num or 8)]
+    chunks = stream(ecg=np.stack([clean_ecg(t.ecg.T) for t in traces]), leads=range(len(LEADS)),
+                    ecg_start=-margin, frames=config.frames, fps=FPS, seed=config.seed)
     video = torch.cat([(255 * x).byte().cpu() for x in tqdm(chunks, desc="windows")], dim=2)    # B C T H W
     n = min(ENDS_S * FPS, config.frames // 2)
     sums, found = defaultdict(list), {}
