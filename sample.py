@@ -22,16 +22,15 @@ import imageio
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.functional import interpolate
 from tqdm import tqdm
 
-from data.clips import ECG_HZ, LEADS, as_video
+from data.clips import ECG_HZ, LEADS
 from data.ecg import clean_ecg, find_r_peaks, go_on
 from data.ecg_files import read_ecg
 from data.flags import UserError, parse_flags, run_main
-from data.heart import cardiac_cycle, disk_volume, segment
+from data.heart import cardiac_cycle, disk_volume, masks_of
 from data.phantom import make_ecg
-from data.picture import draw_strip, gif_frame
+from data.picture import draw_strip, gif_frame, load_image
 from data.prepare import Writer
 from evaluate import load_models
 from generator import check_scorer, stream_video
@@ -78,25 +77,6 @@ def load_ecg(config, margin, seed):
     return ecg, clean_ecg(ecg), leads, start, start + find_r_peaks(ecg)
 
 
-def load_image(path, size, channels):
-    """A picture -> first frame (1, C, 1, size, size) in [0, 1]: grey, its middle square, scaled."""
-    try:
-        with open(path, "rb") as file:
-            x = np.load(file) if path.endswith(".npy") else imageio.v3.imread(file, index=0)
-        H, W, C = (x := np.atleast_3d(x[0] if x.ndim == 4 else x)).shape                    # 4: of a video
-        x = x[..., :3 if C > 2 else 1] / (255 if x.dtype == np.uint8 else 1)                # without alpha
-        grey = torch.from_numpy(x).float().mean(2)
-    except Exception as error:      # each reader raises its own kinds
-        reason = getattr(error, "strerror", None) or "damaged or not a picture"
-        raise UserError(f"{path} cannot be read: {reason}") from None
-    if min(H, W) < 16 or C > 4 or not (grey.min() >= 0 and grey.max() <= 1):                # NaN is neither
-        raise UserError(f"{path} holds {H} x {W} x {C}: 16 x 16 x 1 or more, uint8 or in [0, 1], is needed")
-    side = min(H, W)
-    square = grey[None, None, (H - side) // 2:, (W - side) // 2:][..., :side, :side]
-    first = interpolate(square, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    return first.expand(1, channels, size, size)[:, :, None]
-
-
 def check_flags(config, window, patch_t, span):
     """window: frames of one window, patch_t: of one latent frame; span: seconds that the ECG encoder sees."""
     least = dict(frames=1, steps=1, num=1, overlap=1, seed=0, ecg_hz=0, guidance=0, temperature=0,
@@ -128,15 +108,6 @@ def figures(area, volume, r_peaks, frames, fps):
     late = [1000 * min(abs(k / fps - r) for k in ed) for r in shown] if ed else []
     return {"r_peaks_s": shown.round(3).tolist(), "hr_bpm": median(60 / np.diff(r_peaks)), **cycle,
             "lv_area": area, "ed_error_ms": median(late)}
-
-
-def masks_of(segmenter, frames, block=64):
-    """frames (T, H, W, C) uint8 -> LV masks (n, H, W), block by block, each seen with what lies around it."""
-    k = segmenter.config.context
-    for at in range(0, len(frames), block):
-        begin = max(0, at - k)
-        masks = segment(segmenter, as_video(np.array(frames[begin:at + block + k]))[None])[0]
-        yield masks[at - begin:][:block]
 
 
 @torch.no_grad()

@@ -782,7 +782,7 @@ def test_other_bad_input_is_one_line(weights, tmp_path):
     shutil.copytree(weights, cut := tmp_path / "cut")
     os.truncate(cut / "generator.pt", 5000)
     for bad in ("--frames=0", "--frames=ten", "--frame=3", "frames=3", "--fps=nan", "--num=0", "--overlap=4",
-                "--steps=0", "--overlap=11", f"--weights={cut}", f"--weights={tmp_path}",
+                "--steps=0", "--overlap=11", "--hide=2,1", "--hide=1", f"--weights={cut}", f"--weights={tmp_path}",
                 f"--image={tmp_path}", f"--image={cut / 'generator.pt'}", f"--out={cut / 'generator.pt'}"):
         refused("", call, sample.main, f"--weights={weights}", f"--out={tmp_path / 'out'}", bad)
     assert not (tmp_path / "out").exists()

@@ -89,6 +89,15 @@ def segment(segmenter, video):
     return np.stack([[largest_part(m) for m in clip] for clip in masks]).astype(np.uint8)
 
 
+def masks_of(segmenter, frames, block=64):
+    """frames (T, H, W, C) uint8 -> LV masks (n, H, W), block by block, each seen with what lies around it."""
+    k = segmenter.config.context
+    for at in range(0, len(frames), block):
+        begin = max(0, at - k)
+        masks = segment(segmenter, as_video(np.array(frames[begin:at + block + k]))[None])[0]
+        yield masks[at - begin:][:block]
+
+
 # ---------------------------------------------------------------------------- volume, beats, EF
 
 MIN_SWING = 0.05    # an area curve that swings by less than this share of its median shows no beats

@@ -1,10 +1,34 @@
-"""The pictures of a video that sample.py writes: the ECG strip under the echo, a GIF frame by frame."""
+"""Pictures of sample.py: the first frame it reads, the ECG strip under the echo, a GIF frame by frame."""
+import imageio
 import numpy as np
+import torch
 from PIL import GifImagePlugin, Image
+from torch.nn.functional import interpolate
+
+from data.flags import UserError
 
 SCROLL_S = 4.0      # a longer video shows so many seconds of its ECG, a shorter one all of it
 BACK, GRID, AHEAD, PAST, PEAK, CURSOR = np.array(
     [(12, 15, 19), (25, 31, 38), (56, 100, 90), (104, 240, 174), (255, 176, 76), (232, 236, 240)], np.float32)
+
+
+def load_image(path, size, channels):
+    """A picture -> first frame (1, C, 1, size, size) in [0, 1]: grey, its middle square, scaled."""
+    try:
+        with open(path, "rb") as file:
+            x = np.load(file) if path.endswith(".npy") else imageio.v3.imread(file, index=0)
+        H, W, C = (x := np.atleast_3d(x[0] if x.ndim == 4 else x)).shape                    # 4: of a video
+        x = x[..., :3 if C > 2 else 1] / (255 if x.dtype == np.uint8 else 1)                # without alpha
+        grey = torch.from_numpy(x).float().mean(2)
+    except Exception as error:      # each reader raises its own kinds
+        reason = getattr(error, "strerror", None) or "damaged or not a picture"
+        raise UserError(f"{path} cannot be read: {reason}") from None
+    if min(H, W) < 16 or C > 4 or not (grey.min() >= 0 and grey.max() <= 1):                # NaN is neither
+        raise UserError(f"{path} holds {H} x {W} x {C}: 16 x 16 x 1 or more, uint8 or in [0, 1], is needed")
+    side = min(H, W)
+    square = grey[None, None, (H - side) // 2:, (W - side) // 2:][..., :side, :side]
+    first = interpolate(square, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    return first.expand(1, channels, size, size)[:, :, None]
 
 
 def draw_strip(now, seconds, time, curve, r_peaks, height, width):
