@@ -191,8 +191,8 @@ def groups(clips, config):
 
 
 def sampler(config, device):
-    """stream_video with the models and settings of a config, tokenizer, segmenter, and the seconds of ECG that
-    it wants before and after the video."""
+    """stream_video with the models and settings of a config, tokenizer, segmenter, and the seconds of ECG
+    that it wants before and after the video."""
     tokenizer, encoder, generator, segmenter = load_models(config.weights, device)
     if encoder is None:
         raise UserError("this generator was trained without an ECG: there is no beat to follow")

@@ -45,6 +45,7 @@ class GeneratorConfig:
 
 
 SCORERS = "random", "halton", "confidence", "critic"
+CHOICES = dict(condition=("ecg", "none"), align=("both", "cross", "local"), critic=("none", "self", "token"))
 PRESETS = {"demo": {}, "paper": dict(dim=512, heads=8, mlp_dim=2048, depth=6, grid=16, ecg_dim=768)}
 
 
@@ -164,14 +165,15 @@ class Trunk(nn.Module):
 
 class Generator(Trunk):
     def __init__(self, config):
+        for key, choices in CHOICES.items():
+            if getattr(config, key) not in choices:
+                raise UserError(f"--{key}={getattr(config, key)}: choose one of {', '.join(choices)}")
         super().__init__(config, config.depth)
         c = config
         self.low_bits, self.high_bits = (c.bits + 1) // 2, c.bits // 2
         self.to_low = nn.Linear(c.dim, 2 ** self.low_bits)
         self.given_low = nn.Embedding(2 ** self.low_bits, c.dim)
         self.mix, self.to_high = nn.Linear(c.dim, c.dim), nn.Linear(c.dim, 2 ** self.high_bits)
-        if c.critic not in ("self", "token", "none"):
-            raise UserError(f"critic={c.critic}: self, token or none")
         if c.critic == "token":
             self.critic = Trunk(c, c.critic_depth)
         if c.critic != "none":
@@ -312,9 +314,9 @@ def stream_video(tokenizer, encoder, generator, ecg, leads, ecg_start, frames, f
     """Progressive sampling: yields the video in chunks (B, C, n, H, W) in [0, 1], `frames` frames in all.
 
     ecg (B, L, N) cleaned, numpy, sample 0 at ecg_start seconds; leads (L,); first (B, C, 1, H, W) or None;
-    hidden (N,) bool or None, samples that the model is not to know. encoder None: a generator of video alone.
-    Each window re-encodes the last `overlap` frames (1 + a multiple of P_t), slides the ECG to its own time
-    span, and goes on: the memory does not grow with the length. `how` goes to fill_in.
+    hidden (N,) bool or None, samples that the model is not to know; encoder None for a generator of video
+    alone. Each window re-encodes the last `overlap` frames (1 + a multiple of P_t), slides the ECG to its own
+    time span, and goes on: the memory does not grow with the length. `how` goes to fill_in.
     """
     c, device = generator.config, next(generator.parameters()).device
     rng, B, size = torch.Generator().manual_seed(seed), len(ecg), encoder.config.samples if encoder else 0
@@ -333,8 +335,8 @@ def stream_video(tokenizer, encoder, generator, ecg, leads, ecg_start, frames, f
             prefix = tokenizer.encode(known)
             index[:, :prefix.shape[1]], masked[:, :prefix.shape[1]] = prefix, False
         with torch.autocast(device.type, torch.bfloat16, enabled=fast):
-            cond = condition(encoder, seen, leads, start, fps_b, hidden=(unseen > 0).expand(B, -1)) if encoder \
-                else no_condition(c, fps_b)
+            cond = no_condition(c, fps_b) if encoder is None else \
+                condition(encoder, seen, leads, start, fps_b, hidden=(unseen > 0).expand(B, -1))
             index = fill_in(generator, index, masked, cond, rng=rng, **how)
         video = tokenizer.decode(index)                                                     # B C window H W
         fresh = video[:, :, done - begin:][:, :, :frames - done]

@@ -434,6 +434,20 @@ def test_generator_of_video_alone(weights, tmp_path):
     refused("without an ECG", call, sample.main, f"--weights={tmp_path}", "--shift_ms=200")
 
 
+def test_frozen_encoder(phantom, weights, tmp_path):
+    """An encoder that is trained nevertheless, or one that never is."""
+    trained = {}
+    for flag in ("--freeze_encoder", "--freeze_encoder=0"):
+        call(train_generator.main, *train_flags("generator", phantom, weights, out := tmp_path / flag),
+             "--steps=12", flag)
+        before, after = (runs.read_file(x / "ecg_encoder.pt")["model"] for x in (weights, out))
+        trained[flag] = any(not torch.equal(before[k], after[k]) for k in before)
+    assert trained == {"--freeze_encoder": False, "--freeze_encoder=0": True}
+    for bad in ("--align=both_ways", "--condition=text", "--critic=two"):
+        refused("choose one of", call, train_generator.main,
+                *train_flags("generator", phantom, weights, tmp_path), bad)
+
+
 @pytest.mark.parametrize("stage", TRAINERS)
 def test_two_ranks_equal_one_process(stage, phantom, weights, tmp_path):
     """Entropy or masked mean not over all ranks, the same data on both ranks, or gradients not averaged."""
@@ -662,6 +676,11 @@ def test_wfdb_and_dicom(tmp_path):
     wfdb, names, out = pytest.importorskip("wfdb"), ["I", "II"], str(tmp_path)
     write = lambda path, x: wfdb.wrsamp("rec", 500, ["mV"] * 2, names, x, fmt=["16"] * 2, write_dir=out)
     check_file(tmp_path / "rec.hea", names, write, hz=500)
+    extra = np.array([["mV", "MLII"], ["mmHg", "ABP"]])             # a pressure is no lead: left out
+    wfdb.wrsamp("two", 250, *extra.T.tolist(), np.stack([np.sin(np.arange(500.)), np.arange(500.)], 1),
+                fmt=["16"] * 2, write_dir=out)
+    ecg, leads = read_ecg(tmp_path / "two.hea")
+    assert leads == ["II"] and np.abs(ecg).max() == pytest.approx(1, abs=0.01)
     data = pytest.importorskip("pydicom.data")
     ecg, leads = read_ecg(data.get_testdata_file("waveform_ecg.dcm", download=False))
     assert leads == list(LEADS) and ecg.shape == (12, 2500) and len(find_r_peaks(ecg)) == 10
@@ -782,8 +801,9 @@ def test_other_bad_input_is_one_line(weights, tmp_path):
     shutil.copytree(weights, cut := tmp_path / "cut")
     os.truncate(cut / "generator.pt", 5000)
     for bad in ("--frames=0", "--frames=ten", "--frame=3", "frames=3", "--fps=nan", "--num=0", "--overlap=4",
-                "--steps=0", "--overlap=11", "--hide=2,1", "--hide=1", f"--weights={cut}", f"--weights={tmp_path}",
-                f"--image={tmp_path}", f"--image={cut / 'generator.pt'}", f"--out={cut / 'generator.pt'}"):
+                "--steps=0", "--overlap=11", "--hide=2,1", "--hide=1", f"--weights={cut}",
+                f"--weights={tmp_path}", f"--image={tmp_path}", f"--image={cut / 'generator.pt'}",
+                f"--out={cut / 'generator.pt'}"):
         refused("", call, sample.main, f"--weights={weights}", f"--out={tmp_path / 'out'}", bad)
     assert not (tmp_path / "out").exists()
     refused("first argument", call, evaluate.main, "everything")

@@ -88,7 +88,7 @@ class Stage2(nn.Module):
 
 
 def start_from(folder, shape):
-    """The generator of a folder with the sizes of `shape`. Its critic may be another one, and starts anew."""
+    """The generator of a folder with the sizes of `shape`. A critic that it had not starts anew."""
     old = load_weights(folder, "generator", Generator, GeneratorConfig)
     critic = {key: getattr(old.config, key) for key in ("critic", "critic_depth")}
     check_same(f"{folder}/generator.pt", old.config, replace(shape, **critic))

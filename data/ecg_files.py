@@ -125,9 +125,9 @@ def read_ecg(path, ecg_hz=0, leads=()):
         raise UserError(f"{path}: cannot be read as {kind}, export it again: {reason}") from None
     known = [k for k, name in enumerate(names) if lead_name(name)]
     if 0 < len(known) < len(names):         # pressures, pleth, Frank leads
-        others, names = set(names), [names[k] for k in known]
-        print(f"{path}: no leads, left out: {' '.join(others - set(names))}", file=sys.stderr)
-        signal = np.asarray(signal)[known]
+        others = [name for name in names if not lead_name(name)]
+        print(f"{path}: no leads, left out: {' '.join(others)}", file=sys.stderr)
+        signal, names = np.asarray(signal)[known], [names[k] for k in known]
         mv = mv[known] if np.ndim(mv) else mv
     signal, leads = check_leads(path, np.asarray(signal, float) * (mv if np.all(mv) else 1), names or leads)
     refuse(hz and ecg_hz and abs(hz / ecg_hz - 1) > 0.01, path, f"it says {hz:g} Hz itself; drop --ecg_hz")

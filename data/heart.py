@@ -171,7 +171,7 @@ class TrainConfig(SegmenterConfig):
     seed: int = 0               # of weights and data
 
 
-WINDOW = 11         # frames read at a time where no tokenizer says how many
+WINDOW = 11         # frames of a clip that are read together, where no tokenizer says how many
 
 
 def random_frames(clips, config, step, tokenizer=None):
@@ -182,6 +182,9 @@ def random_frames(clips, config, step, tokenizer=None):
     """
     rng, T = np.random.default_rng((config.seed, step)), tokenizer.config.frames if tokenizer else WINDOW
     numbers = rng.integers(len(clips), size=max(1, config.batch // T)).tolist()
+    short = [clips[i]["id"] for i in numbers if clips[i]["frames"] < T]
+    if short:
+        raise UserError(f"clip {short[0]} has fewer than the {T} frames that are read together")
     at = [(i, int(rng.integers(clips[i]["frames"] - T + 1))) for i in numbers]
     video, mask = (np.stack([clips.per_frame(name, i, t, T) for i, t in at]) for name in ("video", "mask"))
     x = torch.from_numpy(video).permute(0, 4, 1, 2, 3) / 255                                # n C T H W
