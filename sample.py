@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data.clips import ECG_HZ, LEADS
 from data.ecg import clean_ecg, find_r_peaks, go_on
 from data.ecg_files import read_ecg
-from data.flags import UserError, parse_flags, parse_value, run_main
+from data.flags import UserError, parse_flags, run_main
 from data.heart import cardiac_cycle, disk_volume, masks_of
 from data.phantom import make_ecg
 from data.picture import draw_strip, gif_frame, load_image
@@ -92,7 +92,10 @@ def hidden_span(text):
     """Of --hide: its first and last second, (0, 0) for ""."""
     if not text:
         return 0.0, 0.0
-    start, end = (parse_value("hide", part, float) for part in text.partition(",")[::2])
+    try:
+        start, end = map(float, text.split(","))
+    except ValueError:
+        start = end = math.nan
     if not start < end:
         raise UserError(f"--hide={text}: two seconds of the video, the first before the second")
     return start, end

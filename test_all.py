@@ -806,6 +806,7 @@ def test_other_bad_input_is_one_line(weights, tmp_path):
                 f"--out={cut / 'generator.pt'}"):
         refused("", call, sample.main, f"--weights={weights}", f"--out={tmp_path / 'out'}", bad)
     assert not (tmp_path / "out").exists()
+    refused("two seconds", call, sample.main, f"--weights={weights}", "--hide=1")
     refused("first argument", call, evaluate.main, "everything")
     stderr = run("sample.py", "--frames=0", f"--weights={weights}", code=2)        # and as a process
     assert stderr.count("\n") == 1 and "Traceback" not in stderr
