@@ -78,27 +78,37 @@ class Condition(NamedTuple):
     drop: torch.Tensor          # (B,) True = learned null context in the ECG's place
     hidden: torch.Tensor        # (B, samples) True = the ECG is not known there, the ECG mask
     z_hidden: torch.Tensor      # (B, L n) True = some of the patch is not
+    anchor: torch.Tensor        # (B, h, w) tokens of a frame of the same video, whenever it was; -1 = none
+    anchor_ecg: torch.Tensor    # (B, L, local samples), the ECG around it
 
 
-def condition(encoder, ecg, leads, ecg_start, fps, drop=None, hidden=None):
+def condition(encoder, ecg, leads, ecg_start, fps, drop=None, hidden=None, anchor=None,
+              anchor_ecg=None):
     """Encode ecg (B, L, samples) with an EcgEncoder; hidden (B, samples), True where it is masked."""
     B, L, N = ecg.shape
     drop = torch.zeros(B, dtype=torch.bool, device=ecg.device) if drop is None else drop
     hidden = torch.zeros(B, N, dtype=torch.bool, device=ecg.device) if hidden is None else hidden
     ecg = ecg.masked_fill(hidden[:, None], 0)
     z = encoder(ecg, leads)                                                                 # B L n D
+    if anchor is None:
+        anchor, anchor_ecg = no_anchor(fps), ecg[..., :1] * 0
     n = z.shape[2]
     time = ecg_start[:, None] + (torch.arange(n, device=ecg.device) + 0.5) * (N // n) / ECG_HZ   # B n
     z_hidden = hidden.unflatten(1, (n, -1)).any(2)                                          # B n
     return Condition(z.flatten(1, 2), time.repeat(1, L), ecg, leads, ecg_start, fps, drop, hidden,
-                     z_hidden.repeat(1, L))
+                     z_hidden.repeat(1, L), anchor, anchor_ecg)
 
 
-def no_condition(config, fps):
-    """The condition of a generator that is told nothing but the frame rate: the null context."""
+def no_anchor(fps):
+    """Anchors (B, 1, 1) that show nothing."""
+    return torch.full((len(fps), 1, 1), -1, device=fps.device)
+
+
+def no_condition(config, fps, anchor=None):
+    """The condition of a generator that is told of no ECG: the null context."""
     B, x = len(fps), torch.zeros(len(fps), 1, device=fps.device)
     return Condition(x[..., None].expand(B, 1, config.ecg_dim), x, x[..., None], x[0].long(), x[:, 0], fps,
-                     x[:, 0] == 0, x > 0, x > 0)
+                     x[:, 0] == 0, x > 0, x > 0, no_anchor(fps) if anchor is None else anchor, x[..., None])
 
 
 class Trunk(nn.Module):
@@ -111,6 +121,7 @@ class Trunk(nn.Module):
         self.mask_token = nn.Parameter(0.3 * torch.randn(c.dim))
         self.place = nn.Parameter(0.3 * torch.randn(1, c.grid ** 2, c.dim))
         self.order = nn.Parameter(0.3 * torch.randn(c.latent_frames, 1, c.dim))
+        self.order_anchor = nn.Parameter(0.3 * torch.randn(1, 1, c.dim))
         self.null_z = nn.Parameter(0.02 * torch.randn(c.ecg_dim))
         self.null_local = nn.Parameter(torch.zeros(c.dim))
         self.rate = nn.Linear(1, c.dim)
@@ -143,24 +154,29 @@ class Trunk(nn.Module):
         return samples.masked_fill(hidden, 0), hidden.to(samples.dtype)
 
     def features(self, index, masked, cond):
-        """index, masked (B, T', h, w) -> (B, T' hw, D)."""
+        """index, masked (B, T', h, w) -> (B, T' hw, D). The anchor goes before them, and is not returned."""
         B, T, h, w = index.shape
+        anchor = cond.anchor[:, None].expand(B, 1, h, w)
+        index, masked = torch.cat([anchor.clamp(min=0), index], 1), torch.cat([anchor < 0, masked], 1)
         times = self.frame_times(cond.fps)                                                  # B T'
         samples, hidden = self.local_ecg(cond, times)
+        samples = torch.cat([cond.anchor_ecg[:, :, None].expand_as(samples[:, :, :1]), samples], 2)
+        hidden, times = F.pad(hidden, (0, 0, 1, 0)), F.pad(times, (1, 0))                   # 1 + T' from here
         local = self.local_in(samples) + self.local_hidden(hidden) + self.local_lead(cond.leads)[:, None]
-        local = self.local_out(F.gelu(local).mean(1))                                       # B T' D
+        local = self.local_out(F.gelu(local).mean(1))                                       # B 1+T' D
         drop = cond.drop[:, None, None]
         local = torch.where(drop | (self.config.align == "cross"), self.null_local, local)
         drop = drop | cond.z_hidden[..., None] | (self.config.align == "local")
         z = torch.where(drop, self.null_z, cond.z)                                          # B M ecg_dim
         x = self.embed(index_to_bits(index, self.config.bits))
-        x = torch.where(masked[..., None], self.mask_token, x).reshape(B, T, h * w, -1)
+        x = torch.where(masked[..., None], self.mask_token, x).reshape(B, 1 + T, h * w, -1)
         local = local + self.rate((cond.fps / 25).log().float()[:, None, None])
-        x = (x + self.place + self.order + local[:, :, None]).flatten(1, 2)                 # B T'hw D
-        time = times.repeat_interleave(h * w, dim=1) / TIME_UNIT                            # B T'hw
+        order = torch.cat([self.order_anchor, self.order])
+        x = (x + self.place + order + local[:, :, None]).flatten(1, 2)                      # B (1+T')hw D
+        time = times.repeat_interleave(h * w, dim=1) / TIME_UNIT                            # B (1+T')hw
         for block in self.blocks:
             x = block(x, time, z, cond.z_time / TIME_UNIT)
-        return self.norm(x)
+        return self.norm(x[:, h * w:])
 
 
 class Generator(Trunk):
@@ -316,7 +332,8 @@ def stream_video(tokenizer, encoder, generator, ecg, leads, ecg_start, frames, f
     ecg (B, L, N) cleaned, numpy, sample 0 at ecg_start seconds; leads (L,); first (B, C, 1, H, W) or None;
     hidden (N,) bool or None, samples that the model is not to know; encoder None for a generator of video
     alone. Each window re-encodes the last `overlap` frames (1 + a multiple of P_t), slides the ECG to its own
-    time span, and goes on: the memory does not grow with the length. `how` goes to fill_in.
+    time span, keeps the video's first frame in view as its anchor, and goes on: the memory does not grow with
+    the length. `how` goes to fill_in.
     """
     c, device = generator.config, next(generator.parameters()).device
     rng, B, size = torch.Generator().manual_seed(seed), len(ecg), encoder.config.samples if encoder else 0
@@ -325,6 +342,8 @@ def stream_video(tokenizer, encoder, generator, ecg, leads, ecg_start, frames, f
     hidden = np.zeros(ecg.shape[-1], bool) if hidden is None else hidden
     fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()      # bfloat16 is, there
     known, begin, done = first, 0, 0        # frames that the window knows, its first frame, frames yielded
+    anchor, near = no_anchor(fps_b), round((-c.ecg_before - ecg_start) * ECG_HZ)
+    near = torch.from_numpy(cut_ecg(ecg * ~hidden, near, generator.local_in.in_features)).to(device)
     while done < frames:
         cut = round(((begin + window / 2) / fps - ecg_start) * ECG_HZ) - size // 2
         start = torch.full((B,), ecg_start + cut / ECG_HZ - begin / fps, device=device)
@@ -335,9 +354,10 @@ def stream_video(tokenizer, encoder, generator, ecg, leads, ecg_start, frames, f
             prefix = tokenizer.encode(known)
             index[:, :prefix.shape[1]], masked[:, :prefix.shape[1]] = prefix, False
         with torch.autocast(device.type, torch.bfloat16, enabled=fast):
-            cond = no_condition(c, fps_b) if encoder is None else \
-                condition(encoder, seen, leads, start, fps_b, hidden=(unseen > 0).expand(B, -1))
+            cond = no_condition(c, fps_b, anchor) if encoder is None else \
+                condition(encoder, seen, leads, start, fps_b, None, (unseen > 0).expand(B, -1), anchor, near)
             index = fill_in(generator, index, masked, cond, rng=rng, **how)
+        anchor = anchor if done else index[:, 0]
         video = tokenizer.decode(index)                                                     # B C window H W
         fresh = video[:, :, done - begin:][:, :, :frames - done]
         yield fresh

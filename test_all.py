@@ -341,6 +341,26 @@ def test_prefixes_are_as_sampling_has_them(tiny):
     assert all(torch.equal(found[i], torch.cat([again[i, :n], index[i, n:]])) for i, n in ((2, 2), (3, 5)))
 
 
+def test_anchor(tiny):
+    """A later window that does not see the first frame, or takes it for a frame of its own; an anchor in a
+    first window; a fade that reaches the target or clips that are not to have it."""
+    generator, index, cond = tiny.generator, torch.randint(0, 8192, (2, 6, 8, 8)), ecg_condition(tiny)
+    masked, anchor = torch.ones_like(index, dtype=torch.bool), torch.randint(0, 8192, (2, 8, 8))
+    ecg = torch.randn(2, 1, generator.local_in.in_features)
+    none, seen, late = (generator.features(index, masked, cond._replace(anchor=a, anchor_ecg=e))
+                        for a, e in ((cond.anchor, ecg), (anchor, ecg), (anchor, ecg.roll(40, -1))))
+    assert not torch.allclose(late, seen, atol=1e-4)
+    assert none.shape == seen.shape and not torch.allclose(none, seen, atol=1e-3)
+    known, noise = torch.tensor([0, 1, 2, 5]), torch.tensor([[0.1], [0.1], [0.95], [0.1]])
+    chosen = train_generator.choose_anchor(noise, torch.ones(4, 8, 8, dtype=torch.long), known, 0.9)
+    assert chosen.amin((1, 2)).tolist() == [-1, -1, -1, 1]
+    fade = train_generator.choose_fade(torch.cat([torch.tensor([[0.1], [0.9]]), torch.rand(2, 16)], 1), 0.5)
+    assert fade[0].min() >= 0.5 and fade[0].max() <= 1.2 and fade[0].std() > 0.05 and (fade[1] == 1).all()
+    index = tiny.tokenizer.encode(torch.rand(2, 1, 11, 64, 64))
+    a, b = (train_generator.as_sampled(tiny.tokenizer, index, torch.tensor([3, 3]), x) for x in (None, fade))
+    assert not torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and torch.equal(b[:, 3:], index[:, 3:])
+
+
 def test_generator_overfits_one_batch(tiny):
     """Logits that do not reach the loss, or a target that is not the token itself."""
     torch.nn.init.zeros_(tiny.generator.local_out.weight)                        # as training starts

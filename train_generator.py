@@ -49,10 +49,12 @@ class TrainConfig(GeneratorConfig):
     clip_norm: float = 1.0          # gradient norm is clipped here
     ema: float = 0.98               # EMA of the weights, every 10 steps
     none_share: float = 0.15        # clips trained without any known frame
-    prefix_share: float = 0.40      # clips with two or more known latent frames; the rest know the first
+    prefix_share: float = 0.50      # clips with two or more known latent frames; the rest know the first
     drop_ecg: float = 0.10          # clips whose ECG is replaced by the null context
     redraw_share: float = 0.40      # clips whose ECG is drawn as by another recorder
     hide_share: float = 0.20        # clips with a span of the ECG hidden
+    anchor_share: float = 0.90      # of those: another frame of the video is in view, the anchor
+    fade_share: float = 0.50        # of those: the prefix has another brightness, the anchor has the true one
     freeze_encoder: bool = False    # leave the ECG encoder as it is
     critic_weight: float = 1.0      # Eq. 10, where there is a --critic
     bf16: bool = True               # autocast to bfloat16
@@ -75,12 +77,12 @@ class Stage2(nn.Module):
         super().__init__()
         self.ecg_encoder, self.generator = ecg_encoder, generator
 
-    def forward(self, index, masked, batch, drop=None, hidden=None, u=None):
+    def forward(self, index, masked, batch, anchor, drop=None, hidden=None, u=None):
         if self.ecg_encoder is None:
-            cond = no_condition(self.generator.config, batch["fps"])
+            cond = no_condition(self.generator.config, batch["fps"], anchor)
         else:
             cond = condition(self.ecg_encoder, batch["ecg"], batch["leads"][0], batch["ecg_start"],
-                             batch["fps"], drop, hidden)
+                             batch["fps"], drop, hidden, anchor, batch["anchor_ecg"])
         if u is None:
             return self.generator(index, masked, cond)
         loss, judged = self.generator(index, masked, cond, u)
@@ -95,6 +97,12 @@ def start_from(folder, shape):
     model = Generator(shape)
     model.load_state_dict(old.state_dict(), strict=False)
     return model
+
+
+def draws(noise, tokens):
+    """The uniform numbers of a batch (B, K) by what they decide; all of K for noise None."""
+    sizes = dict(masked=3 + tokens, critic=2 * tokens, fade=17, anchor=1, drop=1, hidden=3)
+    return sum(sizes.values()) if noise is None else dict(zip(sizes, noise.split(list(sizes.values()), 1)))
 
 
 def choose_masked(config, noise, T, N, known=None):
@@ -123,16 +131,31 @@ def choose_hidden(noise, samples, share):
     return (away < length / 2) & (noise[:, :1] < share)
 
 
-def as_sampled(tokenizer, index, known):
-    """index (B, T, h, w) with known prefixes as sampling has them: encoded again from what was decoded.
+def choose_anchor(noise, index, known, share):
+    """Tokens (B, h, w) of the anchor frames, -1 where a clip sees none: a window that follows another one
+    (two or more known latent frames) mostly has an anchor, the first has none. noise (B, 1) uniform."""
+    return index.masked_fill(((noise[:, 0] > share) | (known < 2))[:, None, None], -1)
+
+
+def choose_fade(noise, share):
+    """Uniform numbers (B, 17) -> gains (B, 1, 1, 4, 4) of places in the picture: 0.5 to 1.2, or all 1."""
+    gain = (0.5 + 0.7 * noise[:, 1:]).unflatten(1, (1, 1, 4, 4))
+    return torch.where(noise[:, :1, None, None, None] < share, gain, 1)
+
+
+def as_sampled(tokenizer, index, known, fade=None):
+    """index (B, T, h, w) with known prefixes as sampling has them: encoded again from what was decoded, and
+    faded by the gains of `fade` (B, 1, 1, 4, 4).
 
     Without it each window would take the small losses of the one before for the truth, and add its own.
     """
     frame, prefixed = torch.arange(index.shape[1], device=index.device), known > 1
     if not prefixed.any():
         return index
-    again = index.clone()
-    again[prefixed] = tokenizer.encode(tokenizer.decode(index[prefixed]))
+    again, video = index.clone(), tokenizer.decode(index[prefixed])                         # B C T H W
+    if fade is not None:
+        video = video * F.interpolate(fade[prefixed], size=(1, *video.shape[-2:]), mode="trilinear")
+    again[prefixed] = tokenizer.encode(video.clamp(0, 1))
     prefix = (frame < known[:, None]) & prefixed[:, None]                                   # B T
     return torch.where(prefix[..., None, None], again, index)
 
@@ -171,12 +194,14 @@ def evaluate(model, tokenizer, data, config, device, rank, world, items=64):
         batch = torch.utils.data.default_collate([data[n] for n in range(start, start + config.batch)])
         batch = {k: v.to(device) for k, v in batch.items()}
         index = tokenizer.encode(batch["video"])
-        wrong = batch | {k: batch[k].roll(1, 0) for k in ("ecg", "ecg_start") if k in batch}
+        u = draws(batch["noise"], index[0].numel())
+        wrong = batch | {k: batch[k].roll(1, 0) for k in ("ecg", "ecg_start", "anchor_ecg") if k in batch}
         for name, known in (("first", 1), ("prefix", index.shape[1] // 2)):
-            masked, many = choose_masked(config, batch["noise"], index.shape[1], index[0, 0].numel(), known)
+            masked, many = choose_masked(config, u["masked"], index.shape[1], index[0, 0].numel(), known)
             given, masked = as_sampled(tokenizer, index, many), masked.reshape(index.shape)
+            anchor = choose_anchor(u["anchor"], tokenizer.encode(batch["anchor"])[:, 0], many, 1)
             for ecg, told in zip(which, (batch, wrong)):
-                loss = masked_mean(model(given, masked, told), masked)
+                loss = masked_mean(model(given, masked, told, anchor), masked)
                 sums[f"val_{name}_{ecg}"] += loss.item() * config.batch * world / items
     return all_mean(sums, device)
 
@@ -196,8 +221,8 @@ def main():
     check_fits(config, tokenizer, encoder)
     T, N = tokenizer.latent_frames, tokenizer.grid ** 2
     train, val = (RandomWindows(Clips(config.data, split), tokenizer.config.frames, samples, clean_ecg,
-                                config.batch * world, config.seed, 7 + 3 * T * N, vary,
-                                tokenizer.config.channels)
+                                config.batch * world, config.seed, draws(None, T * N), vary,
+                                tokenizer.config.channels, anchor=(config.ecg_before, config.ecg_after))
                   for split, vary in (("train", partial(redraw_ecg, share=config.redraw_share)),
                                       ("val", None)))
 
@@ -250,15 +275,18 @@ def main():
             batch = {k: v.to(device, non_blocking=True) for k, v in log.wait(loader).items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
                 index = tokenizer.encode(batch["video"])                                    # B T' h w
-                masked, known = choose_masked(config, batch["noise"], T, N)
-                index, masked = as_sampled(tokenizer, index, known), masked.reshape(index.shape)
-                hidden = choose_hidden(batch["noise"][:, -3:], samples, config.hide_share)
-                told = batch, batch["noise"][:, -4] < config.drop_ecg, hidden
+                u = draws(batch["noise"], T * N)
+                masked, known = choose_masked(config, u["masked"], T, N)
+                fade = choose_fade(u["fade"], config.fade_share)
+                index, masked = as_sampled(tokenizer, index, known, fade), masked.reshape(index.shape)
+                anchor = tokenizer.encode(batch["anchor"])[:, 0]
+                anchor = choose_anchor(u["anchor"], anchor, known, config.anchor_share)
+                hidden = choose_hidden(u["hidden"], samples, config.hide_share)
+                told = batch, anchor, u["drop"][:, 0] < config.drop_ecg, hidden
                 if config.critic == "none":
                     loss, values = masked_mean(model(index, masked, *told), masked), {}
                 else:
-                    u = batch["noise"][:, 3 + T * N:-4].unflatten(1, (2, -1))
-                    each, logits, fake = model(index, masked, *told, u)
+                    each, logits, fake = model(index, masked, *told, u["critic"].unflatten(1, (2, -1)))
                     free = torch.arange(T, device=device)[:, None, None] >= known[:, None, None, None]
                     bce, values = critic_loss(logits, fake, free.expand_as(fake))
                     loss = masked_mean(each, masked) + config.critic_weight * bce

@@ -157,16 +157,18 @@ class RandomWindows(Dataset):
     Item n: video (C, T, H, W) float in [0, 1], C as asked for (`channels`) or as the set has it; fps; clip
     index; noise (K,) uniform numbers for the training's draws; with samples > 0 also ecg (L, samples)
     cleaned, centred on the window; leads (L,) indices into LEADS; ecg_start, seconds of ecg sample 0 after
-    the window's first frame. Items of one `group` (a step's batch over all processes) share leads: half of
+    the window's first frame; with
+    `anchor`, seconds before and after, anchor (C, 1, H, W), any frame of the clip, and anchor_ecg, the ECG
+    around it. Items of one `group` (a step's batch over all processes) share leads: half of
     the groups see one lead, a quarter 2 or 3, the rest all.
     vary(ecg, rng) alters a cleaned ECG, vary_video(video, rng) the frames (T, H, W, C) uint8.
     """
 
     def __init__(self, clips, frames, samples=0, clean=None, group=1, seed=0, noise=0, vary=None, channels=0,
-                 vary_video=None):
+                 vary_video=None, anchor=None):
         self.clips, self.frames, self.samples, self.clean, self.vary = clips, frames, samples, clean, vary
         self.group, self.seed, self.noise = group, seed, noise
-        self.channels, self.vary_video = channels, vary_video
+        self.channels, self.vary_video, self.anchor = channels, vary_video, anchor
         shortest = min(min(s.columns["frames"]) for s in clips.shards)
         if shortest < frames:
             raise UserError(f"a clip of the set has {shortest} frames, fewer than the {frames} of one window")
@@ -195,6 +197,12 @@ class RandomWindows(Dataset):
             item |= {"ecg": torch.from_numpy(cut_ecg(ecg, first, self.samples)),
                      "leads": torch.tensor([LEADS.index(self.clips.leads[k]) for k in leads]),
                      "ecg_start": row["ecg_offset_s"] + first / ECG_HZ - start / row["fps"]}
+        if self.anchor:
+            frame, (before, after) = int(rng.integers(row["frames"])), self.anchor
+            item["anchor"] = as_video(self.clips.per_frame("video", i, frame, 1), self.channels)
+            if self.samples:
+                first = round((frame / row["fps"] - before - row["ecg_offset_s"]) * ECG_HZ)
+                item["anchor_ecg"] = torch.from_numpy(cut_ecg(ecg, first, round((before + after) * ECG_HZ)))
         return item
 
 
