@@ -33,6 +33,7 @@ from data.heart import Segmenter, SegmenterConfig, cardiac_cycle, disk_volume, e
 from data.measures import (MATCH_S, edge_energy, lag_ms, match, middle, pearson, rate_distortion_bound, ratio,
                            ssim, swing)
 from data.phantom import make_ecg
+from data.text import TextConfig, TextEncoder
 from data.runs import COMMIT, init_distributed, load_weights
 from ecg_encoder import EcgConfig, EcgEncoder
 from generator import Generator, GeneratorConfig, check_fits, check_scorer, stream_video
@@ -166,13 +167,14 @@ SHIFT_S = 0.2       # by so much the ECG of condition "shifted" comes later
 
 
 def load_models(folder, device):
-    """Tokenizer, ECG encoder, generator and segmenter of a weights folder, on the device. A generator of
-    video alone has no encoder (None) and needs no segmenter."""
+    """Tokenizer, ECG (or text) encoder, generator and segmenter of a weights folder, on the device. A
+    generator of video alone has no encoder (None) and needs no segmenter."""
     load = lambda *part: load_weights(folder, *part).eval().to(device)                      # noqa: E731
     tokenizer = load("tokenizer", Tokenizer, TokenizerConfig)
     generator = load("generator", Generator, GeneratorConfig)
-    alone = generator.config.condition == "none"
-    encoder = None if alone else load("ecg_encoder", EcgEncoder, EcgConfig)
+    alone, text = (generator.config.condition == kind for kind in ("none", "text"))
+    encoder = None if alone else load("text_encoder", TextEncoder, TextConfig) if text else \
+        load("ecg_encoder", EcgEncoder, EcgConfig)
     segmenter = None if alone and not Path(folder, "segmenter.pt").exists() \
         else load("segmenter", Segmenter, SegmenterConfig)
     check_fits(generator.config, tokenizer, encoder)
@@ -190,11 +192,11 @@ def groups(clips, config):
             yield fps, frames, numbers[at:at + config.batch], donors[at:at + config.batch]
 
 
-def sampler(config, device):
+def sampler(config, device, text=False):
     """stream_video with the models and settings of a config, tokenizer, segmenter, and the seconds of ECG
-    that it wants before and after the video."""
+    that it wants before and after the video; None of a generator told by text, where `text` allows one."""
     tokenizer, encoder, generator, segmenter = load_models(config.weights, device)
-    if encoder is None:
+    if generator.config.condition not in ("ecg", "text" if text else ""):
         raise UserError("this generator was trained without an ECG: there is no beat to follow")
     if not 1 <= config.overlap < tokenizer.config.frames:
         raise UserError(f"--overlap={config.overlap}: 1 to {tokenizer.config.frames - 1} frames of a window")
@@ -202,7 +204,8 @@ def sampler(config, device):
     how = {key: getattr(config, key) for key in ("scorer", "guidance", "temperature", "overlap")}
     how |= {"steps": config.steps} if config.steps else {}
     stream = partial(stream_video, tokenizer, encoder, generator, **how)
-    return stream, tokenizer, segmenter, encoder.config.samples / ECG_HZ
+    told = generator.config.condition == "ecg"
+    return stream, tokenizer, segmenter, encoder.config.samples / ECG_HZ if told else None
 
 
 def decode_again(tokenizer, video):
@@ -221,8 +224,11 @@ def run_conditions(config, device, conditions):
     with another seed, for the first batch alone, whose records also have each video (C, T, H, W). Clips whose
     true video shows no beats (a pause, a flat ECG) have no ED, no EF and no r: they are left out.
     """
-    stream, tokenizer, segmenter, margin = sampler(config, device)
-    clips, records = Clips(config.data, config.split), []
+    stream, tokenizer, segmenter, margin = sampler(config, device, "shifted" not in conditions)
+    clips, records, by_text = Clips(config.data, config.split), [], margin is None
+    margin = margin or 0
+    if by_text and "text" not in clips[0]:
+        raise UserError(f"{config.data}: the clips of the set have no text")
     picked = pick_leads(clips, config.leads)
     stream = partial(stream, leads=[LEADS.index(clips.leads[k]) for k in picked])
     for fps, frames, numbers, donors in tqdm(list(groups(clips, config)), desc="batches"):
@@ -239,7 +245,8 @@ def run_conditions(config, device, conditions):
                 continue
             else:
                 chunks = stream(told.get(name, own), ecg_start=SHIFT_S * (name == "shifted") - margin,
-                                frames=frames, fps=fps, first=first, seed=seed + 1000 * (name == "again"))
+                                frames=frames, fps=fps, first=first, seed=seed + 1000 * (name == "again"),
+                                text=[clips[i]["text"] for i in numbers] if by_text else None)
             videos[name] = torch.cat([chunk.cpu() for chunk in chunks], dim=2)
         masks = {name: segment(segmenter, video) for name, video in videos.items()}         # B T H W
         for b, (i, donor) in enumerate(zip(numbers, donors)):

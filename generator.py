@@ -33,7 +33,7 @@ class GeneratorConfig:
     depth: int = 4              # layers
     ecg_before: float = 0.8     # seconds of ECG before a latent frame that its tokens see directly
     ecg_after: float = 0.4      # and after it
-    condition: str = "ecg"      # or none: a generator of video alone
+    condition: str = "ecg"      # or text; or none: a generator of video alone
     align: str = "both"         # how the ECG reaches the tokens: cross (attention), local (its samples), both
     critic: str = "none"        # self: a head on the generator's trunk; token: a transformer of its own
     critic_depth: int = 2       # layers of a token critic
@@ -45,7 +45,8 @@ class GeneratorConfig:
 
 
 SCORERS = "random", "halton", "confidence", "critic"
-CHOICES = dict(condition=("ecg", "none"), align=("both", "cross", "local"), critic=("none", "self", "token"))
+CHOICES = dict(condition=("ecg", "text", "none"), align=("both", "cross", "local"),
+               critic=("none", "self", "token"))
 PRESETS = {"demo": {}, "paper": dict(dim=512, heads=8, mlp_dim=2048, depth=6, grid=16, ecg_dim=768)}
 
 
@@ -109,6 +110,13 @@ def no_condition(config, fps, anchor=None):
     B, x = len(fps), torch.zeros(len(fps), 1, device=fps.device)
     return Condition(x[..., None].expand(B, 1, config.ecg_dim), x, x[..., None], x[0].long(), x[:, 0], fps,
                      x[:, 0] == 0, x > 0, x > 0, no_anchor(fps) if anchor is None else anchor, x[..., None])
+
+
+def text_condition(config, encoder, text, fps, drop=None, anchor=None):
+    """Encode B texts with a TextEncoder (data/text.py), in the place of the ECG encoder's sequence."""
+    z, nothing = encoder(text)
+    drop = torch.zeros(len(fps), dtype=torch.bool, device=fps.device) if drop is None else drop
+    return no_condition(config, fps, anchor)._replace(z=z, z_time=0 * z[..., 0], z_hidden=nothing, drop=drop)
 
 
 class Trunk(nn.Module):
@@ -326,17 +334,18 @@ def fill_in(generator, index, masked, cond, scorer="random", steps=8, guidance=1
 
 @torch.no_grad()
 def stream_video(tokenizer, encoder, generator, ecg, leads, ecg_start, frames, fps, first=None, overlap=5,
-                 seed=0, hidden=None, **how):
+                 seed=0, hidden=None, text=None, **how):
     """Progressive sampling: yields the video in chunks (B, C, n, H, W) in [0, 1], `frames` frames in all.
 
     ecg (B, L, N) cleaned, numpy, sample 0 at ecg_start seconds; leads (L,); first (B, C, 1, H, W) or None;
-    hidden (N,) bool or None, samples that the model is not to know; encoder None for a generator of video
-    alone. Each window re-encodes the last `overlap` frames (1 + a multiple of P_t), slides the ECG to its own
-    time span, keeps the video's first frame in view as its anchor, and goes on: the memory does not grow with
-    the length. `how` goes to fill_in.
+    hidden (N,) bool or None, samples that the model is not to know; text: B of them for a generator told by
+    text; encoder None for one of video alone. Each window re-encodes the last `overlap` frames (1 + a
+    multiple of P_t), slides the ECG to its own time span, keeps the video's first frame in view as its
+    anchor, and goes on: the memory does not grow with the length. `how` goes to fill_in.
     """
     c, device = generator.config, next(generator.parameters()).device
-    rng, B, size = torch.Generator().manual_seed(seed), len(ecg), encoder.config.samples if encoder else 0
+    rng, B = torch.Generator().manual_seed(seed), len(ecg)
+    size = encoder.config.samples if c.condition == "ecg" else 0
     window = tokenizer.config.frames
     fps_b, leads = torch.full((B,), float(fps), device=device), torch.as_tensor(leads, device=device)
     hidden = np.zeros(ecg.shape[-1], bool) if hidden is None else hidden
@@ -354,7 +363,8 @@ def stream_video(tokenizer, encoder, generator, ecg, leads, ecg_start, frames, f
             prefix = tokenizer.encode(known)
             index[:, :prefix.shape[1]], masked[:, :prefix.shape[1]] = prefix, False
         with torch.autocast(device.type, torch.bfloat16, enabled=fast):
-            cond = no_condition(c, fps_b, anchor) if encoder is None else \
+            cond = no_condition(c, fps_b, anchor) if c.condition == "none" else \
+                text_condition(c, encoder, text, fps_b, None, anchor) if c.condition == "text" else \
                 condition(encoder, seen, leads, start, fps_b, None, (unseen > 0).expand(B, -1), anchor, near)
             index = fill_in(generator, index, masked, cond, rng=rng, **how)
         anchor = anchor if done else index[:, 0]

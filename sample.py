@@ -2,6 +2,7 @@
 
     python sample.py                                              # 64 frames from a built-in ECG
     python sample.py --ecg=watch.csv --frames=256                 # any ECG file that data/ecg_files.py reads
+    python sample.py --text="A4C view, EF 30" --weights=DIR       # by a generator told by text
     python sample.py --ecg=beat.npy --ecg_hz=192 --image=echo.png # one beat, repeated; a first frame
 
 Writes OUT/NAME.npy (T, H, W, C) uint8, NAME.gif and NAME.mp4 (the echo over its ECG), and report.json. Time 0
@@ -41,6 +42,7 @@ class SampleConfig:
     ecg: str = ""               # ECG file; flat = no heart beat; empty = a built-in ECG, drawn with --seed
     ecg_hz: float = 0           # sampling rate of an ECG file that does not say
     leads: str = ""             # its leads, such as II or I,V2, where it does not say; empty = I, II, III ...
+    text: str = ""              # what to show, for a generator told by text in the ECG's place
     image: str = ""             # first frame: PNG, JPG, GIF or .npy
     frames: int = 64            # length of the video
     fps: float = 25             # frames per second
@@ -121,13 +123,14 @@ def make_video(config, models, trace, first, seed, path, dataset):
     side, height, seconds = max(1, round(256 / c.size)) * c.size, 64, config.frames / fps
     instants, lead = start + np.arange(ecg.shape[1]) / ECG_HZ, ecg[leads.index("II") if "II" in leads else 0]
     low, high = np.quantile(lead, [0.001, 0.999])
+    by_ecg = stages[2].config.condition == "ecg"
     begin, end = hidden_span(config.hide)
     hidden = (instants >= begin) & (instants < end)
     curve = np.where(hidden, 0, lead)                   # the strip shows what the model sees
     curve = height * (0.88 - 0.62 * np.clip((curve - low) / max(high - low, 1e-6), 0, 1))
     chunks = stream_video(*stages, ecg[None], [LEADS.index(name) for name in leads], start, config.frames,
-                          fps, first, config.overlap, seed, hidden, scorer=config.scorer, steps=config.steps,
-                          guidance=config.guidance, temperature=config.temperature)
+                          fps, first, config.overlap, seed, hidden, [config.text], scorer=config.scorer,
+                          steps=config.steps, guidance=config.guidance, temperature=config.temperature)
     with ExitStack() as files:
         npy, gif = (files.enter_context(open(f"{path}.{kind}", "wb")) for kind in ("npy", "gif"))
         mp4 = find_spec("imageio_ffmpeg") and files.enter_context(
@@ -141,7 +144,7 @@ def make_video(config, models, trace, first, seed, path, dataset):
             for k, frame in enumerate(np.broadcast_to(frames, (*frames.shape[:3], 3)), bar.n):
                 echo = Image.fromarray(frame).resize((side, side), Image.Resampling.BICUBIC)
                 picture = np.asarray(echo)
-                if stages[1]:
+                if by_ecg:
                     strip = draw_strip(k / fps, seconds, instants, curve, r_peaks, height, side)
                     picture = np.concatenate([picture, strip])
                 gif.write(gif_frame(picture, k, fps))
@@ -160,8 +163,8 @@ def make_video(config, models, trace, first, seed, path, dataset):
                     ecg_offset_s=start, r_peaks_s=found["r_peaks_s"], view="A4C", ef=found["ef"] or "",
                     text=f"A4C view, EF {found['ef']:.0f}" if found["ef"] else "A4C view, no heartbeat")
     return asdict(config) | found | {
-        "name": path.name, "seed": seed, "leads": leads,
-        "ecg": (config.ecg or "built-in") if stages[1] else "none", "seconds": round(time.time() - began, 2),
+        "name": path.name, "seed": seed, "leads": leads, "seconds": round(time.time() - began, 2),
+        "ecg": config.ecg or "built-in" if by_ecg else "none",
         "device": str(next(models[0].parameters()).device)}
 
 
@@ -169,14 +172,17 @@ def main():
     config = parse_flags(SampleConfig)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = load_models(config.weights, device)
-    c, encoder = models[0].config, models[1]
-    if not encoder and (config.ecg or config.shift_ms or config.hide or config.masks):
+    c, condition = models[0].config, models[2].config.condition
+    if condition != "ecg" and (config.ecg or config.shift_ms or config.hide or config.masks):
         raise UserError("this generator was trained without an ECG: no --ecg, --shift_ms, --hide or --masks")
-    span = encoder.config.samples / ECG_HZ if encoder else config.frames / config.fps + 1
+    if bool(config.text) != (condition == "text"):
+        raise UserError('this generator is told by text: --text="A4C view, EF 55, heart rate 72"'
+                        if condition == "text" else "--text: this generator was trained without text")
+    span = models[1].config.samples / ECG_HZ if condition == "ecg" else config.frames / config.fps + 1
     check_flags(config, c.frames, c.patch_t, span)
     check_scorer(models[2].config, config.scorer)
     hidden_span(config.hide)
-    told = config if encoder else replace(config, ecg="flat")
+    told = config if condition == "ecg" else replace(config, ecg="flat")
     traces = [load_ecg(told, span + 1, config.seed + i) for i in range(1 if config.ecg else config.num)]
     first = load_image(config.image, c.size, c.channels).to(device) if config.image else None
     stem = Path(config.ecg or "sample").stem

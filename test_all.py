@@ -30,7 +30,7 @@ from data.phantom import make_clip, make_ecg
 from data.prepare import prepare
 from ecg_encoder import EcgConfig, EcgEncoder, MaskedAutoencoder
 from generator import (SCORERS, Generator, GeneratorConfig, condition, draw, fill_in, guide, halton,
-                       masked_share, stream_video)
+                       masked_share, stream_video, text_condition)
 from tokenizer import (LFQ, Tokenizer, TokenizerConfig, adapters, add_lora, bits_to_index, index_to_bits,
                        joint, merge, patchify)
 
@@ -454,6 +454,38 @@ def test_generator_of_video_alone(weights, tmp_path):
     refused("without an ECG", call, sample.main, f"--weights={tmp_path}", "--shift_ms=200")
 
 
+def test_text(phantom, weights, tmp_path, monkeypatch):
+    """--condition=text that learns nothing of the text, forgets the encoder, or breaks without transformers;
+    two views that are one."""
+    flags = train_flags("generator", phantom, weights, tmp_path)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "transformers", None)
+        refused("pip install transformers", call, train_generator.main, *flags, "--condition=text")
+    views = [make_clip(3, frames=2, view=view)["video"] for view in ("A4C", "A2C")]
+    assert (views[0] == make_clip(3, frames=2)["video"]).all() and (views[0] != views[1]).mean() > 0.1
+    pytest.importorskip("transformers")
+    call(train_generator.main, *flags, "--condition=text", "--steps=8", "--init_from=" + str(weights))
+    for name in ("tokenizer", "segmenter"):
+        shutil.copy(weights / f"{name}.pt", tmp_path)
+    tokenizer, encoder, generator, _ = evaluate.load_models(tmp_path, "cpu")
+    z, nothing = encoder(["A4C view, EF 30", "A2C"])
+    assert nothing.sum(1).tolist() == [0, 12] and z.shape == (2, 16, 32)
+    assert torch.allclose(encoder(["A2C"])[0][0], z[1, :4], atol=1e-5)         # padding does not count
+    index, fps = torch.zeros(2, 6, 8, 8, dtype=torch.long), torch.full((2,), 25.0)
+    told = text_condition(generator.config, encoder, ["A4C view, EF 30", "A2C"], fps)
+    a, b = generator.features(index, index == 0, told)
+    assert not torch.allclose(a, b, atol=1e-5)
+    item = RandomWindows(Clips(phantom, "train"), 11, text=0.5)
+    said = {item[n]["text"] for n in range(20)}
+    assert any("EF" in x and "A4C" not in x for x in said) and any("A4C" in x and "EF" not in x for x in said)
+    out = f"--out={tmp_path / 'out'}"
+    refused("told by text", call, sample.main, f"--weights={tmp_path}", out)
+    call(sample.main, f"--weights={tmp_path}", out, "--text=A4C view, EF 30", "--frames=12", "--steps=1")
+    assert np.load(tmp_path / "out/sample.npy").shape == (12, 64, 64, 1)
+    call(evaluate.main, "ef", f"--data={phantom}", f"--weights={tmp_path}", out, "--frames=12", "--steps=1")
+    refused("without an ECG", call, evaluate.main, "sync", f"--data={phantom}", f"--weights={tmp_path}", out)
+
+
 def test_frozen_encoder(phantom, weights, tmp_path):
     """An encoder that is trained nevertheless, or one that never is."""
     trained = {}
@@ -463,7 +495,7 @@ def test_frozen_encoder(phantom, weights, tmp_path):
         before, after = (runs.read_file(x / "ecg_encoder.pt")["model"] for x in (weights, out))
         trained[flag] = any(not torch.equal(before[k], after[k]) for k in before)
     assert trained == {"--freeze_encoder": False, "--freeze_encoder=0": True}
-    for bad in ("--align=both_ways", "--condition=text", "--critic=two"):
+    for bad in ("--align=both_ways", "--condition=words", "--critic=two"):
         refused("choose one of", call, train_generator.main,
                 *train_flags("generator", phantom, weights, tmp_path), bad)
 

@@ -3,17 +3,19 @@
     python train_generator.py --data=datasets/phantom --weights=runs/demo --out=runs/demo  # demo, CPU or GPU
     torchrun --nproc_per_node=8 train_generator.py --preset=paper --data=datasets/NAME --weights=DIR --out=OUT
 
-Needs tokenizer.pt and ecg_encoder.pt in --weights; --condition=none, for video of any kind that has no ECG,
-the first alone. Reads windows of T+1 frames with the ECG around them,
-writes OUT/generator.pt and OUT/ecg_encoder.pt (EMA weights), OUT/generator_state.pt (all that --resume needs)
-and OUT/generator.jsonl (a line a logged step). Every validation also gives the loss with a wrong ECG, another
-clip's: the gap between the two is the method's pulse. It opens late, after some thousands of clips.
+Needs tokenizer.pt and ecg_encoder.pt in --weights; the first alone with --condition=none, for video of any
+kind, and with --condition=text, a line in the ECG's place. Reads windows of T+1 frames with the ECG around
+them, writes OUT/generator.pt and OUT/ecg_encoder.pt or text_encoder.pt (EMA weights), OUT/generator_state.pt
+(all that --resume needs) and OUT/generator.jsonl (a line a logged step). Every validation also gives the
+loss with a wrong ECG, another clip's: the gap between the two is the method's pulse. It opens late, after
+some thousands of clips.
 """
 import copy
 import time
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,8 +29,10 @@ from data.ecg import clean_ecg, redraw_ecg
 from data.flags import parse_flags, run_main
 from data.runs import (Log, all_mean, check_out, check_same, ema_update, init_distributed, load_state,
                        load_weights, model_config, save_state, save_weights, schedule, update)
+from data.text import TextConfig, TextEncoder
 from ecg_encoder import EcgConfig, EcgEncoder
-from generator import Generator, GeneratorConfig, check_fits, condition, masked_share, no_condition
+from generator import (Generator, GeneratorConfig, check_fits, condition, masked_share, no_condition,
+                       text_condition)
 from tokenizer import Tokenizer, TokenizerConfig, parameter_count
 
 
@@ -38,6 +42,7 @@ class TrainConfig(GeneratorConfig):
     weights: str = "runs/demo"      # folder with tokenizer.pt and ecg_encoder.pt
     out: str = "runs/demo"          # folder for weights, state and log
     init_from: str = ""             # start from the generator in this folder
+    text_encoder: str = ""          # with condition=text: a trained T5 of transformers; empty = a small one
     resume: bool = False            # go on from OUT's saved state
     steps: int = 0                  # stop after so many steps; 0 = after --minutes
     minutes: float = 60             # stop after so many minutes of training
@@ -50,7 +55,8 @@ class TrainConfig(GeneratorConfig):
     ema: float = 0.98               # EMA of the weights, every 10 steps
     none_share: float = 0.15        # clips trained without any known frame
     prefix_share: float = 0.50      # clips with two or more known latent frames; the rest know the first
-    drop_ecg: float = 0.10          # clips whose ECG is replaced by the null context
+    drop_ecg: float = 0.10          # clips whose ECG (or text) is replaced by the null context
+    drop_phrase: float = 0.15       # phrases of a text that are left out
     redraw_share: float = 0.40      # clips whose ECG is drawn as by another recorder
     hide_share: float = 0.20        # clips with a span of the ECG hidden
     anchor_share: float = 0.90      # of those: another frame of the video is in view, the anchor
@@ -73,15 +79,18 @@ class Stage2(nn.Module):
     """Encoder (or None) and generator as one module, as DDP wants it: its forward is the loss of every token
     and, with a critic, the critic's logit of every token and whether it is fake (B, T', h, w)."""
 
-    def __init__(self, ecg_encoder, generator):
+    def __init__(self, encoder, generator):
         super().__init__()
-        self.ecg_encoder, self.generator = ecg_encoder, generator
+        self.encoder, self.generator = encoder, generator
 
     def forward(self, index, masked, batch, anchor, drop=None, hidden=None, u=None):
-        if self.ecg_encoder is None:
-            cond = no_condition(self.generator.config, batch["fps"], anchor)
+        c = self.generator.config
+        if c.condition == "none":
+            cond = no_condition(c, batch["fps"], anchor)
+        elif c.condition == "text":
+            cond = text_condition(c, self.encoder, batch["text"], batch["fps"], drop, anchor)
         else:
-            cond = condition(self.ecg_encoder, batch["ecg"], batch["leads"][0], batch["ecg_start"],
+            cond = condition(self.encoder, batch["ecg"], batch["leads"][0], batch["ecg_start"],
                              batch["fps"], drop, hidden, anchor, batch["anchor_ecg"])
         if u is None:
             return self.generator(index, masked, cond)
@@ -92,8 +101,8 @@ class Stage2(nn.Module):
 def start_from(folder, shape):
     """The generator of a folder with the sizes of `shape`. A critic that it had not starts anew."""
     old = load_weights(folder, "generator", Generator, GeneratorConfig)
-    critic = {key: getattr(old.config, key) for key in ("critic", "critic_depth")}
-    check_same(f"{folder}/generator.pt", old.config, replace(shape, **critic))
+    free = {key: getattr(old.config, key) for key in ("critic", "critic_depth", "condition")}
+    check_same(f"{folder}/generator.pt", old.config, replace(shape, **free))
     model = Generator(shape)
     model.load_state_dict(old.state_dict(), strict=False)
     return model
@@ -160,6 +169,20 @@ def as_sampled(tokenizer, index, known, fade=None):
     return torch.where(prefix[..., None, None], again, index)
 
 
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def load_encoder(config):
+    """The encoder of what the generator is to be told, None for nothing."""
+    if config.condition != "text":
+        return load_weights(config.weights, "ecg_encoder", EcgEncoder, EcgConfig) \
+            if config.condition == "ecg" else None
+    if config.init_from and Path(config.init_from, "text_encoder.pt").exists():
+        return load_weights(config.init_from, "text_encoder", TextEncoder, TextConfig)
+    return TextEncoder(TextConfig(config.text_encoder, config.ecg_dim))
+
+
 def masked_mean(loss, masked):
     """Mean over the masked tokens of all ranks; DDP averages what the ranks return."""     # Eq. 7
     total = masked.sum().float()
@@ -187,15 +210,16 @@ def critic_loss(logits, fake, free):
 
 @torch.no_grad()
 def evaluate(model, tokenizer, data, config, device, rank, world, items=64):
-    """Loss with the right and with another clip's ECG, knowing the first frame or half of the clip."""
-    which = ("right", "wrong") if config.condition == "ecg" else ("none",)
+    """Loss with the right and another clip's ECG (or text), knowing the first frame or half of the clip."""
+    which = ("none",) if config.condition == "none" else ("right", "wrong")
     sums = {f"val_{known}_{ecg}": 0.0 for known in ("first", "prefix") for ecg in which}
     for start in range(rank * config.batch, items, config.batch * world):
         batch = torch.utils.data.default_collate([data[n] for n in range(start, start + config.batch)])
-        batch = {k: v.to(device) for k, v in batch.items()}
+        batch = to_device(batch, device)
         index = tokenizer.encode(batch["video"])
         u = draws(batch["noise"], index[0].numel())
-        wrong = batch | {k: batch[k].roll(1, 0) for k in ("ecg", "ecg_start", "anchor_ecg") if k in batch}
+        wrong = batch | {k: [x[-1], *x[:-1]] if k == "text" else x.roll(1, 0) for k, x in batch.items()
+                         if k in ("ecg", "ecg_start", "anchor_ecg", "text")}
         for name, known in (("first", 1), ("prefix", index.shape[1] // 2)):
             masked, many = choose_masked(config, u["masked"], index.shape[1], index[0, 0].numel(), known)
             given, masked = as_sampled(tokenizer, index, many), masked.reshape(index.shape)
@@ -215,16 +239,16 @@ def main():
 
     # ---- tokenizer and data
     tokenizer = load_weights(config.weights, "tokenizer", Tokenizer, TokenizerConfig).eval().to(device)
-    encoder = load_weights(config.weights, "ecg_encoder", EcgEncoder, EcgConfig) \
-        if config.condition == "ecg" else None
-    samples = encoder.config.samples if encoder else 0
+    encoder = load_encoder(config)
+    samples = encoder.config.samples if config.condition == "ecg" else 0
     check_fits(config, tokenizer, encoder)
     T, N = tokenizer.latent_frames, tokenizer.grid ** 2
+    vary, text = partial(redraw_ecg, share=config.redraw_share), config.condition == "text"
     train, val = (RandomWindows(Clips(config.data, split), tokenizer.config.frames, samples, clean_ecg,
                                 config.batch * world, config.seed, draws(None, T * N), vary,
-                                tokenizer.config.channels, anchor=(config.ecg_before, config.ecg_after))
-                  for split, vary in (("train", partial(redraw_ecg, share=config.redraw_share)),
-                                      ("val", None)))
+                                tokenizer.config.channels, anchor=(config.ecg_before, config.ecg_after),
+                                text=left_out if text else None)
+                  for split, vary, left_out in (("train", vary, config.drop_phrase), ("val", None, 0)))
 
     # ---- model
     shape = model_config(config, GeneratorConfig)
@@ -265,14 +289,14 @@ def main():
         if rank == 0 and step > 0 and (done >= 1 or step % config.save_every == 0):
             save_weights(config.out, "generator", ema.generator, step)
             if encoder:
-                save_weights(config.out, "ecg_encoder", ema.ecg_encoder, step)
+                save_weights(config.out, f"{config.condition}_encoder", ema.encoder, step)
             save_state(state_path, parts, step, seconds)
         if done >= 1:
             break
 
         # accumulate
         for _ in range(config.accumulate):
-            batch = {k: v.to(device, non_blocking=True) for k, v in log.wait(loader).items()}
+            batch = to_device(log.wait(loader), device)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
                 index = tokenizer.encode(batch["video"])                                    # B T' h w
                 u = draws(batch["noise"], T * N)
@@ -301,7 +325,7 @@ def main():
         if step % config.log_every == 0:
             values = all_mean({"loss": loss, "masked": masked.float().mean(), **values}, device)
             log.write(step, **values, lr=lr, seconds=seconds, **log.rate(step, config, world),
-                      leads=len(batch["leads"][0]) if encoder else 0)
+                      leads=len(batch["leads"][0]) if samples else 0)
             log.bar.set_postfix({"loss": f"{values['loss']:.3f}", **results})
         log.bar.update()
 

@@ -159,16 +159,18 @@ class RandomWindows(Dataset):
     cleaned, centred on the window; leads (L,) indices into LEADS; ecg_start, seconds of ecg sample 0 after
     the window's first frame; with
     `anchor`, seconds before and after, anchor (C, 1, H, W), any frame of the clip, and anchor_ecg, the ECG
-    around it. Items of one `group` (a step's batch over all processes) share leads: half of
-    the groups see one lead, a quarter 2 or 3, the rest all.
-    vary(ecg, rng) alters a cleaned ECG, vary_video(video, rng) the frames (T, H, W, C) uint8.
+    around it; with `text` also the clip's text, each phrase left out at that share. Items of one `group` (a
+    step's batch over all processes) share leads: half of the groups see one lead, a quarter 2 or 3, the rest
+    all. vary(ecg, rng) alters a cleaned ECG, vary_video(video, rng) the frames (T, H, W, C) uint8.
     """
 
     def __init__(self, clips, frames, samples=0, clean=None, group=1, seed=0, noise=0, vary=None, channels=0,
-                 vary_video=None, anchor=None):
+                 vary_video=None, anchor=None, text=None):
         self.clips, self.frames, self.samples, self.clean, self.vary = clips, frames, samples, clean, vary
         self.group, self.seed, self.noise = group, seed, noise
-        self.channels, self.vary_video, self.anchor = channels, vary_video, anchor
+        self.channels, self.vary_video, self.anchor, self.text = channels, vary_video, anchor, text
+        if text is not None and any("text" not in s.columns for s in clips.shards):
+            raise UserError("the clips of the set have no text")
         shortest = min(min(s.columns["frames"]) for s in clips.shards)
         if shortest < frames:
             raise UserError(f"a clip of the set has {shortest} frames, fewer than the {frames} of one window")
@@ -203,6 +205,9 @@ class RandomWindows(Dataset):
             if self.samples:
                 first = round((frame / row["fps"] - before - row["ecg_offset_s"]) * ECG_HZ)
                 item["anchor_ecg"] = torch.from_numpy(cut_ecg(ecg, first, round((before + after) * ECG_HZ)))
+        if self.text is not None:
+            said = [phrase for phrase in row["text"].split(", ") if rng.random() >= self.text]
+            item["text"] = ", ".join(said)
         return item
 
 

@@ -40,6 +40,7 @@ class PhantomConfig:
     any_fps: float = 0.0           # share of the training clips with a rate of their own, 8 to 60 a second
     frames: int = 64               # frames a clip
     hr: float = 0.0                # heart rate of all clips, beats a minute; 0 = drawn
+    views: str = "A4C"             # of the clips, drawn from this list: A4C, A2C
     rhythm: str = ""               # sinus, ectopic, pause, asystole, flat or af for all clips; empty = drawn
     seed: int = 0                  # the same seed gives the same bytes, whatever the number of workers
     workers: int = 0               # processes; 0: one a core
@@ -47,6 +48,7 @@ class PhantomConfig:
 
 MARGIN_S = 1.0                     # ECG before the first and after the last frame
 DIASTASIS = 0.82                   # filling without the atria; 1 = end of diastole, 0 = end of systole
+VIEWS = ["A4C", "A2C"]
 RHYTHMS = dict(sinus=0.76, ectopic=0.08, pause=0.05, asystole=0.04, flat=0.04, af=0.03)   # shares
 SIGNS = np.array([0.30, 0.25, 0.12, 0.33])       # weight in EF of QRS width, T wave, R amplitude, LV dilation
 # ECGSYN's waves P Q R S T: angle and width in radians of the beat's phase, dipole (left, down, back) in mV
@@ -314,8 +316,10 @@ def render(rng, a, size, pitch, z, db, swirl, fps, noise):
 
 # ---------------------------------------------------------------------------- one clip, and the set
 
-def make_clip(seed, size=64, frames=64, fps=25.0, hr=None, ef=None, rhythm=None, noise=1.0):
+def make_clip(seed, size=64, frames=64, fps=25.0, hr=None, ef=None, rhythm=None, noise=1.0, view="A4C"):
     """One clip as Writer.add takes it; hr, ef, rhythm (a key of RHYTHMS) and noise can be fixed.
+
+    A two-chamber view (A2C) is the same heart without its right half.
 
     video (T, H, W, 1) uint8, mask (T, H, W) uint8, volume (T,) ml, ecg (N, 12) mV from 1 s before the first
     frame to 1 s after the last. seed: a whole number or a tuple of them.
@@ -324,6 +328,7 @@ def make_clip(seed, size=64, frames=64, fps=25.0, hr=None, ef=None, rhythm=None,
     rhythm = rhythm or rng.choice(list(RHYTHMS), p=list(RHYTHMS.values()))
     e = make_ecg(rng, frames / fps + 2 * MARGIN_S, -MARGIN_S, hr, rhythm, ef, noise)
     a, time = draw_anatomy(rng, float(e.signs[3])), np.arange(frames) / fps
+    a.rv *= view == "A4C"
     filling, opening = cardiac_cycle(e.beats, time)
     volume = a.edv * (1 - e.ef / 100 * (1 - filling))
     shape, pitch = beat_shape(a, volume), a.depth * rng.uniform(1.0, 1.1) / size
@@ -342,26 +347,28 @@ def make_clip(seed, size=64, frames=64, fps=25.0, hr=None, ef=None, rhythm=None,
     swirl = np.pad(3 * rng.standard_normal(n) * blood, (0, len(z) - n))
     video = render(rng, a, size, pitch, z, db, swirl, fps, noise)[..., None]
     clip = dict(video=video, ecg=e.ecg, mask=draw_mask(a, size, pitch, shape, breath), volume=volume, fps=fps,
-                ecg_offset_s=-MARGIN_S, view="A4C", r_peaks_s=[round(float(x), 3) for x in e.r_peaks])
+                ecg_offset_s=-MARGIN_S, view=view, r_peaks_s=[round(float(x), 3) for x in e.r_peaks])
     if rhythm == "flat":                                                 # a heart that stands still has no EF
-        return clip | dict(text="A4C view, no heartbeat")
-    return clip | dict(text=f"A4C view, EF {e.ef:.0f}, heart rate {e.hr:.0f}", ef=round(e.ef, 2),
+        return clip | dict(text=f"{view} view, no heartbeat")
+    return clip | dict(text=f"{view} view, EF {e.ef:.0f}, heart rate {e.hr:.0f}", ef=round(e.ef, 2),
                        edv_ml=round(a.edv, 2), esv_ml=round(a.edv * (1 - e.ef / 100), 2))
 
 
 def numbered_clip(job, **how):
-    name, seed, fps = job
-    return {"id": name} | make_clip(seed, fps=fps, **how)
+    name, seed, fps, view = job
+    return {"id": name} | make_clip(seed, fps=fps, view=view, **how)
 
 
 def list_jobs(cfg):
-    """(name, seed, fps) of every clip by split. The split is part of the seed, so no clip of one split can be
-    in another; the clips with a rate of their own come last."""
+    """(name, seed, fps, view) of every clip by split. The split is part of the seed, so no clip of one split
+    can be in another; the clips with a rate of their own come last."""
     def fps(s, i, n):
         own = s == 0 and i >= round(n * (1 - cfg.any_fps))
         return round(8 * 7.5 ** np.random.default_rng((cfg.seed, s, i, 1)).random(), 2) if own else cfg.fps
+    def view(s, i):
+        return str(np.random.default_rng((cfg.seed, s, i, 2)).choice(cfg.views.split(",")))
     counts = dict(train=cfg.clips, val=cfg.val, test=cfg.test)
-    return {split: [(f"{split}{i:06d}", (cfg.seed, s, i), fps(s, i, n)) for i in range(n)]
+    return {split: [(f"{split}{i:06d}", (cfg.seed, s, i), fps(s, i, n), view(s, i)) for i in range(n)]
             for s, (split, n) in enumerate(counts.items())}
 
 
@@ -376,6 +383,8 @@ def main():
                 channels=1, leads=LEADS, source="phantom", command=" ".join(["data.phantom", *sys.argv[1:]]))
     if cfg.rhythm and cfg.rhythm not in RHYTHMS or cfg.hr and not 20 <= cfg.hr <= 220:
         raise UserError(f"--rhythm is one of {', '.join(RHYTHMS)}; --hr 20 to 220 a minute, or 0")
+    if set(cfg.views.split(",")) - set(VIEWS):
+        raise UserError(f"--views={cfg.views}: a list of {', '.join(VIEWS)}")
     make = partial(numbered_clip, size=cfg.size, frames=cfg.frames, hr=cfg.hr or None,
                    rhythm=cfg.rhythm or None)
     prepare(cfg.out, meta, list_jobs(cfg), make, cfg.workers)
