@@ -69,12 +69,13 @@ FIGURES = {"reconstruction": "mse mae psnr ssim sharpness codes_used codebook_pe
                     ("ed_error_ms_median", "ed_error_ms_p95", "beats_found", "extra_beats")) + " clips",
            "ef": f"{EF} {EF_DECODED} {OWN} diversity clips clips_excluded",
            "sync": f"{OWN} ed_error_ms_median_video beats_found_video shift_ms flat_swing flat_drift "
+                   "hidden_r_visible hidden_r_unseen hidden_swing "
                    f"swap_follows_donor swap_r_donor swap_r_own {EF} clips clips_excluded"}
 BEST = {"shift_ms": 200}
 BEST |= dict.fromkeys("psnr codes_used codebook_perplexity sector_perplexity windows clips".split(), math.inf)
 BEST |= dict.fromkeys("ssim sharpness ef_r2 ef_r2_true ef_r2_decoded area_r_median area_r_mean beats_found "
-                      "beats_found_video flat_drift swap_follows_donor swap_r_donor swing drift "
-                      "diversity".split(), 1)
+                      "beats_found_video flat_drift hidden_r_visible hidden_r_unseen hidden_swing "
+                      "swap_follows_donor swap_r_donor swing drift diversity".split(), 1)
 
 
 # ---------------------------------------------------------------------------- reading the set
@@ -236,6 +237,7 @@ def run_conditions(config, device, conditions):
         true = torch.stack([as_video(clips.per_frame("video", i, 0, frames)) for i in numbers])  # B C T H W
         own, other = (aligned_ecg(clips, n, picked, *span) for n in (numbers, donors))
         told = {"flat": np.zeros_like(own), "swapped": other}
+        unseen = in_middle(np.arange(own.shape[-1]) / ECG_HZ - margin, frames / fps)
         videos, seed = {"true": true}, config.seed + numbers[0]
         first = true[:, :, :1].to(device) if config.first else None
         for name in conditions:     # the same seed: nothing but the ECG differs
@@ -246,6 +248,7 @@ def run_conditions(config, device, conditions):
             else:
                 chunks = stream(told.get(name, own), ecg_start=SHIFT_S * (name == "shifted") - margin,
                                 frames=frames, fps=fps, first=first, seed=seed + 1000 * (name == "again"),
+                                hidden=unseen if name == "hidden" else None,
                                 text=[clips[i]["text"] for i in numbers] if by_text else None)
             videos[name] = torch.cat([chunk.cpu() for chunk in chunks], dim=2)
         masks = {name: segment(segmenter, video) for name, video in videos.items()}         # B T H W
@@ -316,6 +319,25 @@ def swap_figures(records):
             "swap_r_own": middle(r[:, 1])}
 
 
+def in_middle(times, seconds):
+    """Which of the times lie in the middle third of a video."""
+    return (times >= seconds / 3) & (times < 2 * seconds / 3)
+
+
+def hidden_figures(records):
+    """With the ECG of the middle third hidden: r with the true curve outside of it and in it, and the swing
+    in it over that under the whole ECG."""
+    r, swings = [], []
+    for record in records:
+        true, own, area = (record.area[name] for name in ("true", "own", "hidden"))
+        unseen = in_middle(np.arange(len(area)) / record.fps, len(area) / record.fps)
+        r.append([pearson(area[part], true[part]) for part in (~unseen, unseen)])
+        swings.append([swing(x[unseen], record.fps) for x in (area, own)])
+    r, swings = np.reshape(r, (-1, 2)), np.reshape(swings, (-1, 2))
+    return {"hidden_r_visible": middle(r[:, 0]), "hidden_r_unseen": middle(r[:, 1]),
+            "hidden_swing": ratio(middle(swings[:, 0]), middle(swings[:, 1]))}
+
+
 def area_drift(area):
     """Mean area of the last third over that of the first third."""
     third = max(1, len(area) // 3)
@@ -336,10 +358,11 @@ def own_figures(records):
 
 
 def sync(config, device):
-    """Does the generated heart follow the ECG: its own, moved by 200 ms, flat, another clip's?"""
-    records, counts = run_conditions(config, device, ["own", "shifted", "flat", "swapped"])
+    """Does the heart follow the ECG: its own, moved by 200 ms, flat, another clip's, in part hidden?"""
+    records, counts = run_conditions(config, device, ["own", "shifted", "flat", "swapped", "hidden"])
     video = beat_figures(records, "true")       # what the segmenter and the frame rate allow
-    return {**own_figures(records), **swap_figures(records), **ef_figures(records), **counts,
+    return {**own_figures(records), **swap_figures(records), **hidden_figures(records),
+            **ef_figures(records), **counts,
             **{f"{key}_video": video[key] for key in ("ed_error_ms_median", "beats_found")},
             "shift_ms": middle([lag_ms(x.area["shifted"], x.area["own"], x.fps) for x in records]),
             "flat_swing": swing_ratio(records, "flat", "own"),

@@ -38,7 +38,8 @@ class TextEncoder(nn.Module):
         c = self.config = config
         if c.pretrained:
             try:
-                self.t5 = transformers.T5EncoderModel.from_pretrained(c.pretrained).requires_grad_(False)
+                self.t5 = transformers.T5EncoderModel.from_pretrained(c.pretrained, dropout_rate=0.0)
+                self.t5.requires_grad_(False)
                 self.tokens = transformers.AutoTokenizer.from_pretrained(c.pretrained)
             except (OSError, ValueError) as error:
                 raise UserError(f"--text_encoder={c.pretrained}: {str(error).splitlines()[0]}") from None
