@@ -33,10 +33,8 @@ from data.heart import Segmenter, SegmenterConfig, cardiac_cycle, disk_volume, e
 from data.measures import (MATCH_S, edge_energy, lag_ms, match, middle, pearson, rate_distortion_bound, ratio,
                            ssim, swing)
 from data.phantom import make_ecg
-from data.text import TextConfig, TextEncoder
 from data.runs import COMMIT, init_distributed, load_weights
-from ecg_encoder import EcgConfig, EcgEncoder
-from generator import Generator, GeneratorConfig, check_fits, check_scorer, stream_video
+from generator import ENCODERS, Generator, GeneratorConfig, check_fits, check_scorer, stream_video
 from tokenizer import Tokenizer, TokenizerConfig, code_use, index_counts, patchify
 
 
@@ -173,9 +171,8 @@ def load_models(folder, device):
     load = lambda *part: load_weights(folder, *part).eval().to(device)                      # noqa: E731
     tokenizer = load("tokenizer", Tokenizer, TokenizerConfig)
     generator = load("generator", Generator, GeneratorConfig)
-    alone, text = (generator.config.condition == kind for kind in ("none", "text"))
-    encoder = None if alone else load("text_encoder", TextEncoder, TextConfig) if text else \
-        load("ecg_encoder", EcgEncoder, EcgConfig)
+    alone = generator.config.condition not in ENCODERS
+    encoder = None if alone else load(*ENCODERS[generator.config.condition])
     segmenter = None if alone and not Path(folder, "segmenter.pt").exists() \
         else load("segmenter", Segmenter, SegmenterConfig)
     check_fits(generator.config, tokenizer, encoder)

@@ -20,6 +20,8 @@ from torch import nn
 
 from data.clips import ECG_HZ, LEADS, cut_ecg
 from data.flags import UserError, parse_flags, run_main
+from data.text import TextConfig, TextEncoder
+from ecg_encoder import EcgConfig, EcgEncoder
 from tokenizer import Block, index_to_bits, parameter_count
 
 TIME_UNIT = 0.04        # seconds; rotary periods run from 2 to 200 of it, 80 ms to 8 s
@@ -47,6 +49,7 @@ class GeneratorConfig:
 SCORERS = "random", "halton", "confidence", "critic"
 CHOICES = dict(condition=("ecg", "text", "none"), align=("both", "cross", "local"),
                critic=("none", "self", "token"))
+ENCODERS = {"ecg": ("ecg_encoder", EcgEncoder, EcgConfig), "text": ("text_encoder", TextEncoder, TextConfig)}
 PRESETS = {"demo": {}, "paper": dict(dim=512, heads=8, mlp_dim=2048, depth=6, grid=16, ecg_dim=768)}
 
 
@@ -83,40 +86,33 @@ class Condition(NamedTuple):
     anchor_ecg: torch.Tensor    # (B, L, local samples), the ECG around it
 
 
-def condition(encoder, ecg, leads, ecg_start, fps, drop=None, hidden=None, anchor=None,
-              anchor_ecg=None):
-    """Encode ecg (B, L, samples) with an EcgEncoder; hidden (B, samples), True where it is masked."""
-    B, L, N = ecg.shape
-    drop = torch.zeros(B, dtype=torch.bool, device=ecg.device) if drop is None else drop
-    hidden = torch.zeros(B, N, dtype=torch.bool, device=ecg.device) if hidden is None else hidden
-    ecg = ecg.masked_fill(hidden[:, None], 0)
-    z = encoder(ecg, leads)                                                                 # B L n D
-    if anchor is None:
-        anchor, anchor_ecg = no_anchor(fps), ecg[..., :1] * 0
-    n = z.shape[2]
-    time = ecg_start[:, None] + (torch.arange(n, device=ecg.device) + 0.5) * (N // n) / ECG_HZ   # B n
-    z_hidden = hidden.unflatten(1, (n, -1)).any(2)                                          # B n
-    return Condition(z.flatten(1, 2), time.repeat(1, L), ecg, leads, ecg_start, fps, drop, hidden,
-                     z_hidden.repeat(1, L), anchor, anchor_ecg)
+def condition(config, encoder, told, drop=None, hidden=None, anchor=None):
+    """What a generator is told of B clips, from a dict of fps (B,) and, for its kind of condition,
 
-
-def no_anchor(fps):
-    """Anchors (B, 1, 1) that show nothing."""
-    return torch.full((len(fps), 1, 1), -1, device=fps.device)
-
-
-def no_condition(config, fps, anchor=None):
-    """The condition of a generator that is told of no ECG: the null context."""
-    B, x = len(fps), torch.zeros(len(fps), 1, device=fps.device)
-    return Condition(x[..., None].expand(B, 1, config.ecg_dim), x, x[..., None], x[0].long(), x[:, 0], fps,
-                     x[:, 0] == 0, x > 0, x > 0, no_anchor(fps) if anchor is None else anchor, x[..., None])
-
-
-def text_condition(config, encoder, text, fps, drop=None, anchor=None):
-    """Encode B texts with a TextEncoder (data/text.py), in the place of the ECG encoder's sequence."""
-    z, nothing = encoder(text)
-    drop = torch.zeros(len(fps), dtype=torch.bool, device=fps.device) if drop is None else drop
-    return no_condition(config, fps, anchor)._replace(z=z, z_time=0 * z[..., 0], z_hidden=nothing, drop=drop)
+    ecg: ecg (B, L, samples) and leads (L,) for an EcgEncoder, ecg_start (B,), anchor_ecg (with an anchor);
+    text: B lines of text for a TextEncoder. None is the null context throughout, as for clips of drop (B,).
+    hidden (B, samples): True where the ECG is masked; anchor (B, h, w).
+    """
+    fps, B = told["fps"], len(told["fps"])
+    x = torch.zeros(B, 1, device=fps.device)
+    anchor = torch.full((B, 1, 1), -1, device=fps.device) if anchor is None else anchor
+    drop = x[:, 0] > 0 if drop is None else drop
+    if config.condition == "ecg":
+        hidden = torch.zeros_like(told["ecg"][:, 0], dtype=torch.bool) if hidden is None else hidden
+        ecg = told["ecg"].masked_fill(hidden[:, None], 0)
+        z = encoder(ecg, told["leads"])                                                     # B L n D
+        n, L = z.shape[2], z.shape[1]
+        time = (torch.arange(n, device=fps.device) + 0.5) * (ecg.shape[-1] // n) / ECG_HZ
+        time = (told["ecg_start"][:, None] + time).repeat(1, L)                             # B L n
+        return Condition(z.flatten(1, 2), time, ecg, told["leads"], told["ecg_start"], fps, drop, hidden,
+                         hidden.unflatten(1, (n, -1)).any(2).repeat(1, L), anchor,
+                         told.get("anchor_ecg", ecg[..., :1] * 0))
+    null = Condition(x[..., None].expand(B, 1, config.ecg_dim), x, x[..., None], x[0].long(), x[:, 0], fps,
+                     x[:, 0] == 0, x > 0, x > 0, anchor, x[..., None])
+    if config.condition == "none":
+        return null
+    z, nothing = encoder(told["text"])
+    return null._replace(z=z, z_time=0 * z[..., 0], z_hidden=nothing, drop=drop)
 
 
 class Trunk(nn.Module):
@@ -351,21 +347,20 @@ def stream_video(tokenizer, encoder, generator, ecg, leads, ecg_start, frames, f
     hidden = np.zeros(ecg.shape[-1], bool) if hidden is None else hidden
     fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()      # bfloat16 is, there
     known, begin, done = first, 0, 0        # frames that the window knows, its first frame, frames yielded
-    anchor, near = no_anchor(fps_b), round((-c.ecg_before - ecg_start) * ECG_HZ)
+    anchor, near = None, round((-c.ecg_before - ecg_start) * ECG_HZ)
     near = torch.from_numpy(cut_ecg(ecg * ~hidden, near, generator.local_in.in_features)).to(device)
     while done < frames:
         cut = round(((begin + window / 2) / fps - ecg_start) * ECG_HZ) - size // 2
         start = torch.full((B,), ecg_start + cut / ECG_HZ - begin / fps, device=device)
         seen, unseen = (torch.from_numpy(cut_ecg(x, cut, size)).to(device) for x in (ecg, hidden))
+        told = dict(fps=fps_b, ecg=seen, leads=leads, ecg_start=start, anchor_ecg=near, text=text)
         index = torch.zeros(B, c.latent_frames, c.grid, c.grid, dtype=torch.long, device=device)
         masked = torch.ones_like(index, dtype=torch.bool)
         if known is not None:
             prefix = tokenizer.encode(known)
             index[:, :prefix.shape[1]], masked[:, :prefix.shape[1]] = prefix, False
         with torch.autocast(device.type, torch.bfloat16, enabled=fast):
-            cond = no_condition(c, fps_b, anchor) if c.condition == "none" else \
-                text_condition(c, encoder, text, fps_b, None, anchor) if c.condition == "text" else \
-                condition(encoder, seen, leads, start, fps_b, None, (unseen > 0).expand(B, -1), anchor, near)
+            cond = condition(c, encoder, told, None, (unseen > 0).expand(B, -1), anchor)
             index = fill_in(generator, index, masked, cond, rng=rng, **how)
         anchor = anchor if done else index[:, 0]
         video = tokenizer.decode(index)                                                     # B C window H W

@@ -30,7 +30,7 @@ from data.phantom import make_clip, make_ecg
 from data.prepare import prepare
 from ecg_encoder import EcgConfig, EcgEncoder, MaskedAutoencoder
 from generator import (SCORERS, Generator, GeneratorConfig, condition, draw, fill_in, guide, halton,
-                       masked_share, stream_video, text_condition)
+                       masked_share, stream_video)
 from tokenizer import (LFQ, Tokenizer, TokenizerConfig, adapters, add_lora, bits_to_index, index_to_bits,
                        joint, merge, patchify)
 
@@ -58,8 +58,9 @@ def tiny():
 
 def ecg_condition(tiny, B=2, seed=0, start=-1.0, drop=None):
     """A condition from noise in place of an ECG."""
-    ecg, start = torch.randn(B, 1, 600, generator=rng(seed)), torch.full((B,), start)
-    return condition(tiny.encoder, ecg, torch.tensor([1]), start, torch.full((B,), 25.0), drop)
+    told = dict(ecg=torch.randn(B, 1, 600, generator=rng(seed)), leads=torch.tensor([1]),
+                ecg_start=torch.full((B,), start), fps=torch.full((B,), 25.0))
+    return condition(tiny.generator.config, tiny.encoder, told, drop)
 
 
 def overfit(model, loss, steps, lr):
@@ -311,8 +312,8 @@ def test_hidden_ecg(tiny):
 
     def features(ecg, hidden, align="both"):
         generator.config.align = align
-        cond = condition(tiny.encoder, ecg, torch.tensor([0, 1]), torch.tensor([-0.98]), torch.tensor([25.]),
-                         hidden=hidden)
+        told = dict(ecg=ecg, leads=torch.arange(2), ecg_start=torch.tensor([-0.98]), fps=torch.tensor([25.]))
+        cond = condition(generator.config, tiny.encoder, told, hidden=hidden)
         return generator.features(index, torch.ones_like(index, dtype=torch.bool), cond)
     whole, a, b = features(ecg[0], None), features(ecg[0], hidden[:1]), features(ecg[1], hidden[:1])
     assert torch.equal(a, features(torch.where(hidden[:1, None], 9., ecg[0]), hidden[:1]))
@@ -471,8 +472,8 @@ def test_text(phantom, weights, tmp_path, monkeypatch):
     z, nothing = encoder(["A4C view, EF 30", "A2C"])
     assert nothing.sum(1).tolist() == [0, 12] and z.shape == (2, 16, 32)
     assert torch.allclose(encoder(["A2C"])[0][0], z[1, :4], atol=1e-5)         # padding does not count
-    index, fps = torch.zeros(2, 6, 8, 8, dtype=torch.long), torch.full((2,), 25.0)
-    told = text_condition(generator.config, encoder, ["A4C view, EF 30", "A2C"], fps)
+    index, told = torch.zeros(2, 6, 8, 8, dtype=torch.long), {"fps": torch.full((2,), 25.0)}
+    told = condition(generator.config, encoder, told | {"text": ["A4C view, EF 30", "A2C"]})
     a, b = generator.features(index, index == 0, told)
     assert not torch.allclose(a, b, atol=1e-5)
     item = RandomWindows(Clips(phantom, "train"), 11, text=0.5)

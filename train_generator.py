@@ -30,9 +30,7 @@ from data.flags import parse_flags, run_main
 from data.runs import (Log, all_mean, check_out, check_same, ema_update, init_distributed, load_state,
                        load_weights, model_config, save_state, save_weights, schedule, update)
 from data.text import TextConfig, TextEncoder
-from ecg_encoder import EcgConfig, EcgEncoder
-from generator import (Generator, GeneratorConfig, check_fits, condition, masked_share, no_condition,
-                       text_condition)
+from generator import ENCODERS, Generator, GeneratorConfig, check_fits, condition, masked_share
 from tokenizer import Tokenizer, TokenizerConfig, parameter_count
 
 
@@ -84,14 +82,7 @@ class Stage2(nn.Module):
         self.encoder, self.generator = encoder, generator
 
     def forward(self, index, masked, batch, anchor, drop=None, hidden=None, u=None):
-        c = self.generator.config
-        if c.condition == "none":
-            cond = no_condition(c, batch["fps"], anchor)
-        elif c.condition == "text":
-            cond = text_condition(c, self.encoder, batch["text"], batch["fps"], drop, anchor)
-        else:
-            cond = condition(self.encoder, batch["ecg"], batch["leads"][0], batch["ecg_start"],
-                             batch["fps"], drop, hidden, anchor, batch["anchor_ecg"])
+        cond = condition(self.generator.config, self.encoder, batch, drop, hidden, anchor)
         if u is None:
             return self.generator(index, masked, cond)
         loss, judged = self.generator(index, masked, cond, u)
@@ -170,17 +161,19 @@ def as_sampled(tokenizer, index, known, fade=None):
 
 
 def to_device(batch, device):
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    """A batch there; its clips share their leads."""
+    batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    return batch | ({"leads": batch["leads"][0]} if "leads" in batch else {})
 
 
 def load_encoder(config):
-    """The encoder of what the generator is to be told, None for nothing."""
-    if config.condition != "text":
-        return load_weights(config.weights, "ecg_encoder", EcgEncoder, EcgConfig) \
-            if config.condition == "ecg" else None
-    if config.init_from and Path(config.init_from, "text_encoder.pt").exists():
-        return load_weights(config.init_from, "text_encoder", TextEncoder, TextConfig)
-    return TextEncoder(TextConfig(config.text_encoder, config.ecg_dim))
+    """The encoder of what the generator is to be told, None for nothing; one of text may start anew."""
+    if config.condition not in ENCODERS:
+        return None
+    if config.condition == "text" and not Path(config.init_from or "-", "text_encoder.pt").exists():
+        return TextEncoder(TextConfig(config.text_encoder, config.ecg_dim))
+    return load_weights(config.init_from if config.condition == "text" else config.weights,
+                        *ENCODERS[config.condition])
 
 
 def masked_mean(loss, masked):
@@ -214,8 +207,8 @@ def evaluate(model, tokenizer, data, config, device, rank, world, items=64):
     which = ("none",) if config.condition == "none" else ("right", "wrong")
     sums = {f"val_{known}_{ecg}": 0.0 for known in ("first", "prefix") for ecg in which}
     for start in range(rank * config.batch, items, config.batch * world):
-        batch = torch.utils.data.default_collate([data[n] for n in range(start, start + config.batch)])
-        batch = to_device(batch, device)
+        batch = [data[n] for n in range(start, start + config.batch)]
+        batch = to_device(torch.utils.data.default_collate(batch), device)
         index = tokenizer.encode(batch["video"])
         u = draws(batch["noise"], index[0].numel())
         wrong = batch | {k: [x[-1], *x[:-1]] if k == "text" else x.roll(1, 0) for k, x in batch.items()
@@ -325,7 +318,7 @@ def main():
         if step % config.log_every == 0:
             values = all_mean({"loss": loss, "masked": masked.float().mean(), **values}, device)
             log.write(step, **values, lr=lr, seconds=seconds, **log.rate(step, config, world),
-                      leads=len(batch["leads"][0]) if samples else 0)
+                      leads=len(batch["leads"]) if samples else 0)
             log.bar.set_postfix({"loss": f"{values['loss']:.3f}", **results})
         log.bar.update()
 
