@@ -30,10 +30,11 @@ from data.clips import ECG_HZ, LEADS, Clips, as_video, chosen, cut_ecg
 from data.ecg import clean_ecg, find_r_peaks
 from data.flags import UserError, parse_flags, parse_value, run_main
 from data.heart import Segmenter, SegmenterConfig, cardiac_cycle, disk_volume, ef_scores, segment
-from data.measures import (MATCH_S, edge_energy, lag_ms, match, middle, pearson, rate_distortion_bound, ratio,
-                           ssim, swing)
+from data.measures import edge_energy, lag_ms, middle, rate_distortion_bound, ratio, ssim
 from data.phantom import make_ecg
 from data.runs import COMMIT, init_distributed, load_weights
+from data.synchrony import (area_drift, beat_figures, ef_figures, hidden_figures, in_middle, own_figures,
+                            swap_figures, swing_ratio)
 from generator import ENCODERS, Generator, GeneratorConfig, check_fits, check_scorer, stream_video
 from tokenizer import Tokenizer, TokenizerConfig, code_use, index_counts, patchify
 
@@ -217,22 +218,23 @@ def decode_again(tokenizer, video):
 def run_conditions(config, device, conditions):
     """Generate every clip under each of the `conditions` -> records, numbers of clips.
 
-    A record has clip, donor (the clip whose ECG "swapped" has), fps, ef (of the set; nan = unknown), r_peaks
-    (s), and for "true" and each condition area (T,) and cycle (what cardiac_cycle says). "again" is "own"
-    with another seed, for the first batch alone, whose records also have each video (C, T, H, W). Clips whose
-    true video shows no beats (a pause, a flat ECG) have no ED, no EF and no r: they are left out.
+    Records are as data/synchrony.py has them, of "true" and of each condition; the donor is the clip whose
+    ECG "swapped" has. "again" is "own" with another seed, for the first batch alone, whose records also have
+    each video (C, T, H, W). Clips whose true video shows no beats (a pause, a flat ECG) have no ED, no EF and
+    no r: they are left out.
     """
     stream, tokenizer, segmenter, margin = sampler(config, device, "shifted" not in conditions)
     clips, records, by_text = Clips(config.data, config.split), [], margin is None
     margin = margin or 0
     if by_text and "text" not in clips[0]:
         raise UserError(f"{config.data}: the clips of the set have no text")
-    picked = pick_leads(clips, config.leads)
+    picked = [] if by_text else pick_leads(clips, config.leads)
     stream = partial(stream, leads=[LEADS.index(clips.leads[k]) for k in picked])
     for fps, frames, numbers, donors in tqdm(list(groups(clips, config)), desc="batches"):
         span = -margin, frames / fps + margin
         true = torch.stack([as_video(clips.per_frame("video", i, 0, frames)) for i in numbers])  # B C T H W
-        own, other = (aligned_ecg(clips, n, picked, *span) for n in (numbers, donors))
+        own, other = (np.zeros((len(n), 1, 1)) if by_text else aligned_ecg(clips, n, picked, *span)
+                      for n in (numbers, donors))
         told = {"flat": np.zeros_like(own), "swapped": other}
         unseen = in_middle(np.arange(own.shape[-1]) / ECG_HZ - margin, frames / fps)
         videos, seed = {"true": true}, config.seed + numbers[0]
@@ -252,18 +254,12 @@ def run_conditions(config, device, conditions):
         for b, (i, donor) in enumerate(zip(numbers, donors)):
             area = {name: m[b].sum((1, 2), dtype=float) for name, m in masks.items()}
             records.append(SimpleNamespace(
-                clip=i, donor=donor, fps=fps, ef=clips[i]["ef"], r_peaks=r_peaks_of(clips, i), area=area,
+                clip=i, donor=donor, fps=fps, ef=clips[i]["ef"], area=area,
+                r_peaks=np.array([]) if by_text else r_peaks_of(clips, i),
                 video={name: video[b] for name, video in videos.items()} if "again" in videos else {},
                 cycle={name: cardiac_cycle(area[name], disk_volume(m[b]), fps) for name, m in masks.items()}))
     beating = [r for r in records if r.cycle["true"]["ef"] is not None]
     return beating, {"clips": len(records), "clips_excluded": len(records) - len(beating)}
-
-
-def ef_figures(records):
-    """EF of the generated video against the true one's, measured alike, and (_true) against the set's own."""
-    found = [r.cycle["own"]["ef"] for r in records]
-    return {**ef_scores(found, [r.cycle["true"]["ef"] for r in records]),
-            **ef_scores(found, [r.ef for r in records], "_true")}
 
 
 def ejection_fraction(config, device):
@@ -282,77 +278,6 @@ def ejection_fraction(config, device):
 
 
 # ---------------------------------------------------------------------------- synchrony
-
-def beat_figures(records, name):
-    """|ED frame - R peak| of the beats found; beats found, and extra ones, as shares of the R peaks.
-
-    An R peak counts where it lies in the video, MATCH_S or more from its ends, and (but for the true video's
-    figures, and where there is none) the true video has an ED frame for it: an early ectopic beat finds an
-    unfilled ventricle. A missed one has no error, it lowers beats_found; an ED frame is extra if no R peak at
-    all matches it.
-    """
-    errors, peaks, extra = [], 0, 0
-    for record in records:
-        times = np.array(record.cycle[name]["ed_frames"]) / record.fps
-        end = (len(record.area[name]) - 1) / record.fps
-        counts = (record.r_peaks >= MATCH_S) & (record.r_peaks <= end - MATCH_S)
-        if name != "true" and "true" in record.cycle:
-            shown = match(record.r_peaks, np.array(record.cycle["true"]["ed_frames"]) / record.fps)[0]
-            counts &= np.isin(np.arange(len(counts)), shown)
-        i, j = match(record.r_peaks, times)
-        errors += (1000 * np.abs(record.r_peaks[i] - times[j]))[counts[i]].tolist()
-        peaks, extra = peaks + counts.sum(), extra + len(times) - len(j)
-    return {"ed_error_ms_median": middle(errors),
-            "ed_error_ms_p95": middle(errors, partial(np.percentile, q=95)),
-            "beats_found": ratio(len(errors), peaks), "extra_beats": ratio(extra, peaks)}
-
-
-def swap_figures(records):
-    """Under a donor's ECG: r with the donor's true curve and the own one, how often the first is higher."""
-    true = {r.clip: r.area["true"] for r in records}
-    r = np.array([[pearson(x.area["swapped"], true[i]) for i in (x.donor, x.clip)]
-                  for x in records if x.donor in true and x.donor != x.clip]).reshape(-1, 2)
-    return {"swap_follows_donor": middle(r[:, 0] > r[:, 1], np.mean), "swap_r_donor": middle(r[:, 0]),
-            "swap_r_own": middle(r[:, 1])}
-
-
-def in_middle(times, seconds):
-    """Which of the times lie in the middle third of a video."""
-    return (times >= seconds / 3) & (times < 2 * seconds / 3)
-
-
-def hidden_figures(records):
-    """With the ECG of the middle third hidden: r with the true curve outside of it and in it, and the swing
-    in it over that under the whole ECG."""
-    r, swings = [], []
-    for record in records:
-        true, own, area = (record.area[name] for name in ("true", "own", "hidden"))
-        unseen = in_middle(np.arange(len(area)) / record.fps, len(area) / record.fps)
-        r.append([pearson(area[part], true[part]) for part in (~unseen, unseen)])
-        swings.append([swing(x[unseen], record.fps) for x in (area, own)])
-    r, swings = np.reshape(r, (-1, 2)), np.reshape(swings, (-1, 2))
-    return {"hidden_r_visible": middle(r[:, 0]), "hidden_r_unseen": middle(r[:, 1]),
-            "hidden_swing": ratio(middle(swings[:, 0]), middle(swings[:, 1]))}
-
-
-def area_drift(area):
-    """Mean area of the last third over that of the first third."""
-    third = max(1, len(area) // 3)
-    return ratio(area[-third:].mean(), area[:third].mean())
-
-
-def swing_ratio(records, name, reference):
-    a, b = (middle([swing(x.area[k], x.fps) for x in records]) for k in (name, reference))
-    return ratio(a, b)
-
-
-def own_figures(records):
-    """The video of a clip's own ECG: correlation of its LV area with the true one's, beats, swing, drift."""
-    r = [pearson(x.area["own"], x.area["true"]) for x in records]
-    return {"area_r_median": middle(r), "area_r_mean": middle(r, np.mean), **beat_figures(records, "own"),
-            "swing": swing_ratio(records, "own", "true"),
-            "drift": middle([area_drift(x.area["own"]) for x in records])}
-
 
 def sync(config, device):
     """Does the heart follow the ECG: its own, moved by 200 ms, flat, another clip's, in part hidden?"""

@@ -908,7 +908,7 @@ def test_measures():
     ("drift", "clips=2", "clips=3", "grey contrast area beats_found_first ed_error_ms_median_last"),
     ("ef", "clips=2", "clips=3", "ef_r2 ef_mae ef_rmse ef_r2_true ef_mae_true ef_mae_decoded diversity"),
     ("sync", "clips=2", "clips=3", "area_r_median ed_error_ms_median ed_error_ms_p95 beats_found extra_beats "
-                                   "shift_ms flat_swing hidden_swing hidden_r_visible clips seed device weights")])
+                                   "shift_ms flat_swing hidden_swing hidden_r_visible clips device weights")])
 def test_evaluate_modes(mode, target, missed, figures, phantom, weights, tmp_path):
     """A mode that ends in a traceback, a figure that is missing, or a target that cannot fail."""
     flags = [mode, f"--data={phantom}", f"--weights={weights}", f"--out={tmp_path}", "--steps=1"]
