@@ -52,6 +52,7 @@ class EvalConfig:
     steps: int = 0                  # sync, ef: decoding steps; 0 = the usual
     scorer: str = "random"          # sync, ef: order of decoding: random, halton, confidence, critic
     guidance: float = 1.5           # sync, ef: scale of classifier-free guidance; 1 = off
+    guidance_end: float = 0         # sync, ef: its scale at the last step, linear in between; 0 = the same
     temperature: float = 1.0        # sync, ef: of the draws
     overlap: int = 5                # sync, ef: frames that a window knows of the one before
     batch: int = 16                 # clips or windows at a time
@@ -197,10 +198,12 @@ def sampler(config, device, text=False):
     tokenizer, encoder, generator, segmenter = load_models(config.weights, device)
     if generator.config.condition not in ("ecg", "text" if text else ""):
         raise UserError("this generator was trained without an ECG: there is no beat to follow")
-    if not 1 <= config.overlap < tokenizer.config.frames:
-        raise UserError(f"--overlap={config.overlap}: 1 to {tokenizer.config.frames - 1} frames of a window")
+    c = tokenizer.config
+    if not 1 <= config.overlap < c.frames or (config.overlap - 1) % c.patch_t:
+        raise UserError(f"--overlap={config.overlap}: 1 + a multiple of {c.patch_t}, below {c.frames}")
     check_scorer(generator.config, config.scorer)
-    how = {key: getattr(config, key) for key in ("scorer", "guidance", "temperature", "overlap")}
+    keys = "scorer", "guidance", "guidance_end", "temperature", "overlap"
+    how = {key: getattr(config, key) for key in keys}
     how |= {"steps": config.steps} if config.steps else {}
     stream = partial(stream_video, tokenizer, encoder, generator, **how)
     told = generator.config.condition == "ecg"

@@ -300,19 +300,21 @@ def largest(rank, many):
 
 
 @torch.no_grad()
-def fill_in(generator, index, masked, cond, scorer="random", steps=8, guidance=1.0, temperature=1.0,
-            noise=1.0, rng=None):
+def fill_in(generator, index, masked, cond, scorer="random", steps=8, guidance=1.0, guidance_end=0,
+            temperature=1.0, noise=1.0, rng=None):
     """Masked parallel decoding (Chang et al. 2022): fills the masked places (B, T', h, w), equally many in
     every item; the other tokens never change.
 
     Each step draws all masked tokens, then masks again those that rank highest: in a fixed order (random,
-    halton), the least likely ones of this step's (confidence), or, of all, the most fake ones (critic).
+    halton), the least likely ones of this step's (confidence), or, of all, the most fake ones (critic). The
+    scale of guidance goes linearly from `guidance` at the first step to `guidance_end` (0: the same).
     """
     free, total = masked, int(masked[0].sum())
     order = halton(*index.shape[1:], index.device) if scorer == "halton" else \
         uniform(index.shape, rng).to(index.device)
     for step in range(steps):
-        drawn, log_p = generator.propose(index, masked, cond, guidance, temperature, rng)
+        scale = guidance + ((guidance_end or guidance) - guidance) * step / max(steps - 1, 1)
+        drawn, log_p = generator.propose(index, masked, cond, scale, temperature, rng)
         index = torch.where(masked, drawn, index)
         left = 1 - (step + 1) / steps
         rank, among = order.expand(index.shape).float(), masked
@@ -320,9 +322,9 @@ def fill_in(generator, index, masked, cond, scorer="random", steps=8, guidance=1
             gumbel = -(-uniform(index.shape, rng).log()).log().to(index.device)
             rank = -log_p - noise * left * gumbel
         elif scorer == "critic":
-            both = (index, cond) if guidance == 1 else (torch.cat([index, index]), with_null(cond))
+            both = (index, cond) if scale == 1 else (torch.cat([index, index]), with_null(cond))
             jitter = uniform(index.shape, rng).to(index.device) - 0.5
-            rank, among = guide(generator.score(*both), guidance) + noise * left * jitter, free
+            rank, among = guide(generator.score(*both), scale) + noise * left * jitter, free
         many = int(total * masked_share((step + 1) / steps))                # none after the last step
         masked = largest(rank.masked_fill(~among, -math.inf), many)
     return index

@@ -51,6 +51,7 @@ class SampleConfig:
     steps: int = 8              # decoding steps of one window
     scorer: str = "random"      # who says which tokens to draw again: random, halton, confidence, critic
     guidance: float = 1.5       # classifier-free guidance; 1 = off
+    guidance_end: float = 0     # its scale at a window's last step, linearly from the first; 0 = the same
     temperature: float = 1      # of drawing tokens
     overlap: int = 5            # frames that a window takes over from the one before; 1 + a multiple of P_t
     shift_ms: float = 0         # moves the ECG later by so many milliseconds
@@ -81,8 +82,9 @@ def load_ecg(config, margin, seed):
 
 def check_flags(config, window, patch_t, span):
     """window: frames of one window, patch_t: of one latent frame; span: seconds that the ECG encoder sees."""
-    least = dict(frames=1, steps=1, num=1, overlap=1, seed=0, ecg_hz=0, guidance=0, temperature=0,
-                 fps=math.ceil(100 * window / span) / 100)      # no window may outlast the ECG that it sees
+    slowest = math.ceil(100 * window / span) / 100      # no window may outlast the ECG that it sees
+    least = dict(frames=1, steps=1, num=1, overlap=1, seed=0, ecg_hz=0, guidance=0, guidance_end=0,
+                 temperature=0, fps=slowest)
     for key, value in least.items():
         if getattr(config, key) < value:
             raise UserError(f"--{key}={getattr(config, key):g}: must be at least {value}")
@@ -130,7 +132,8 @@ def make_video(config, models, trace, first, seed, path, dataset):
     curve = height * (0.88 - 0.62 * np.clip((curve - low) / max(high - low, 1e-6), 0, 1))
     chunks = stream_video(*stages, ecg[None], [LEADS.index(name) for name in leads], start, config.frames,
                           fps, first, config.overlap, seed, hidden, [config.text], scorer=config.scorer,
-                          steps=config.steps, guidance=config.guidance, temperature=config.temperature)
+                          steps=config.steps, guidance=config.guidance, guidance_end=config.guidance_end,
+                          temperature=config.temperature)
     with ExitStack() as files:
         npy, gif = (files.enter_context(open(f"{path}.{kind}", "wb")) for kind in ("npy", "gif"))
         mp4 = find_spec("imageio_ffmpeg") and files.enter_context(

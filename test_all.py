@@ -229,6 +229,10 @@ def test_guidance(tiny):
     assert torch.equal(*null)                                   # where nothing of the ECG is left
     drawn = [generator.propose(index, masked, cond, s, 1.0, rng())[0] for s in (1.0, 1.0 + 1e-6, 5.0)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    scales, generator.propose = [], lambda i, m, c, scale, *a: (scales.append(scale), (i, i.float()))[1]
+    for end in (0, 5):
+        fill_in(generator, index, masked, cond, steps=3, guidance=1, guidance_end=end, rng=rng())
+    assert scales == [1, 1, 1, 1, 3, 5]
 
 
 def test_high_bits_follow_low_bits(tiny):
