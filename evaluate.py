@@ -2,6 +2,7 @@
 
     python evaluate.py reconstruction --data=datasets/phantom --weights=runs/demo       # the paper's Table 1
     python evaluate.py ef --data=datasets/phantom --weights=runs/demo                   # its Table 3
+    python evaluate.py generation --inception=F --i3d=F --vgg=F --weights=runs/demo     # its Table 2
     python evaluate.py sync --data=datasets/phantom --weights=runs/demo --num=64        # the synchrony test
     python evaluate.py drift --weights=runs/demo --frames=2000                          # a long video
 
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from data.clips import ECG_HZ, LEADS, Clips, as_video, chosen, cut_ecg
 from data.ecg import clean_ecg, find_r_peaks
 from data.flags import UserError, parse_flags, parse_value, run_main
+from data.frechet import KINDS, Detector, Features, frechet, kernel_distance
 from data.heart import Segmenter, SegmenterConfig, cardiac_cycle, disk_volume, ef_scores, segment
 from data.measures import edge_energy, lag_ms, middle, rate_distortion_bound, ratio, ssim
 from data.phantom import make_ecg
@@ -55,6 +57,9 @@ class EvalConfig:
     guidance_end: float = 0         # sync, ef: its scale at the last step, linear in between; 0 = the same
     temperature: float = 1.0        # sync, ef: of the draws
     overlap: int = 5                # sync, ef: frames that a window knows of the one before
+    inception: str = ""             # generation: NVIDIA's TorchScript detectors, for FID and KID,
+    i3d: str = ""                   # for FVD,
+    vgg: str = ""                   # and for LPIPS
     batch: int = 16                 # clips or windows at a time
     seed: int = 0                   # of the choice of clips and of the draws
 
@@ -67,6 +72,7 @@ FIGURES = {"reconstruction": "mse mae psnr ssim sharpness codes_used codebook_pe
                              "rd_bound_mse windows clips",
            "drift": "grey contrast area " + " ".join(f"{key}_{end}" for end in ("first", "last") for key in
                     ("ed_error_ms_median", "ed_error_ms_p95", "beats_found", "extra_beats")) + " clips",
+           "generation": "ssim lpips fid kid fvd clips frames_compared",
            "ef": f"{EF} {EF_DECODED} {OWN} diversity clips clips_excluded",
            "sync": f"{OWN} ed_error_ms_median_video beats_found_video shift_ms flat_swing flat_drift "
                    "hidden_r_visible hidden_r_unseen hidden_swing "
@@ -218,22 +224,18 @@ def decode_again(tokenizer, video):
         yield tokenizer.decode(tokenizer.encode(video[:, :, begin:begin + window]))[:, :, at - begin:]
 
 
-def run_conditions(config, device, conditions):
-    """Generate every clip under each of the `conditions` -> records, numbers of clips.
-
-    Records are as data/synchrony.py has them, of "true" and of each condition; the donor is the clip whose
-    ECG "swapped" has. "again" is "own" with another seed, for the first batch alone, whose records also have
-    each video (C, T, H, W). Clips whose true video shows no beats (a pause, a flat ECG) have no ED, no EF and
-    no r: they are left out.
+def generated(config, device, conditions):
+    """Generate the clips under each of the `conditions`, batch by batch: yields a namespace of numbers and
+    donors (the clips, and those whose ECG "swapped" has), fps, and videos, {"true" or condition: (B, C, T, H,
+    W)}; and the set and the segmenter. "again" is "own" with another seed, in the first batch alone.
     """
     stream, tokenizer, segmenter, margin = sampler(config, device, "shifted" not in conditions)
-    clips, records, by_text = Clips(config.data, config.split), [], margin is None
-    margin = margin or 0
+    clips, by_text, margin = Clips(config.data, config.split), margin is None, margin or 0
     if by_text and "text" not in clips[0]:
         raise UserError(f"{config.data}: the clips of the set have no text")
     picked = [] if by_text else pick_leads(clips, config.leads)
     stream = partial(stream, leads=[LEADS.index(clips.leads[k]) for k in picked])
-    for fps, frames, numbers, donors in tqdm(list(groups(clips, config)), desc="batches"):
+    for k, (fps, frames, numbers, donors) in enumerate(tqdm(list(groups(clips, config)), desc="batches")):
         span = -margin, frames / fps + margin
         true = torch.stack([as_video(clips.per_frame("video", i, 0, frames)) for i in numbers])  # B C T H W
         own, other = (np.zeros((len(n), 1, 1)) if by_text else aligned_ecg(clips, n, picked, *span)
@@ -245,7 +247,7 @@ def run_conditions(config, device, conditions):
         for name in conditions:     # the same seed: nothing but the ECG differs
             if name == "decoded":
                 chunks = decode_again(tokenizer, true.to(device))
-            elif name == "again" and records:
+            elif name == "again" and k:
                 continue
             else:
                 chunks = stream(told.get(name, own), ecg_start=SHIFT_S * (name == "shifted") - margin,
@@ -253,14 +255,25 @@ def run_conditions(config, device, conditions):
                                 hidden=unseen if name == "hidden" else None,
                                 text=[clips[i]["text"] for i in numbers] if by_text else None)
             videos[name] = torch.cat([chunk.cpu() for chunk in chunks], dim=2)
-        masks = {name: segment(segmenter, video) for name, video in videos.items()}         # B T H W
-        for b, (i, donor) in enumerate(zip(numbers, donors)):
+        yield SimpleNamespace(numbers=numbers, donors=donors, fps=fps, videos=videos), clips, segmenter
+
+
+def run_conditions(config, device, conditions):
+    """Records of the generated clips, as data/synchrony.py has them, and numbers of clips. Where there is
+    "again", those of the first batch also have their videos (C, T, H, W). Clips whose true video shows no
+    beats (a pause, a flat ECG) have no ED, no EF and no r: they are left out.
+    """
+    records = []
+    for batch, clips, segmenter in generated(config, device, conditions):
+        masks = {name: segment(segmenter, video) for name, video in batch.videos.items()}   # B T H W
+        for b, (i, donor) in enumerate(zip(batch.numbers, batch.donors)):
             area = {name: m[b].sum((1, 2), dtype=float) for name, m in masks.items()}
+            cycle = {name: cardiac_cycle(area[name], disk_volume(m[b]), batch.fps)
+                     for name, m in masks.items()}
             records.append(SimpleNamespace(
-                clip=i, donor=donor, fps=fps, ef=clips[i]["ef"], area=area,
-                r_peaks=np.array([]) if by_text else r_peaks_of(clips, i),
-                video={name: video[b] for name, video in videos.items()} if "again" in videos else {},
-                cycle={name: cardiac_cycle(area[name], disk_volume(m[b]), fps) for name, m in masks.items()}))
+                clip=i, donor=donor, fps=batch.fps, ef=clips[i]["ef"], area=area, cycle=cycle,
+                r_peaks=r_peaks_of(clips, i) if clips.leads else np.array([]),
+                video={name: v[b] for name, v in batch.videos.items()} if "again" in batch.videos else {}))
     beating = [r for r in records if r.cycle["true"]["ef"] is not None]
     return beating, {"clips": len(records), "clips_excluded": len(records) - len(beating)}
 
@@ -278,6 +291,32 @@ def ejection_fraction(config, device):
              for r in records if r.video]
     return ef_figures(records) | decoded | own_figures(records) | counts \
         | {"diversity": ratio(*np.mean(pairs, axis=0)) if pairs else math.nan}
+
+
+# ---------------------------------------------------------------------------- picture quality
+
+def generation(config, device):
+    """The paper's Table 2: SSIM and LPIPS of each frame against the true one, FID and KID of all frames, FVD
+    of all videos. A figure whose detector is not given is not computed."""
+    nets = {kind: Detector(getattr(config, kind), kind, device) for kind in KINDS if getattr(config, kind)}
+    of_frames, of_videos = ([Features(), Features()] for _ in range(2))
+    similar, distance, clips = [], [], 0
+    for batch, *_ in generated(config, device, ["own"]):
+        videos = batch.videos["true"], batch.videos["own"]                                  # B C T H W
+        frames = [video.transpose(1, 2).flatten(0, 1) for video in videos]                  # BT C H W
+        similar += ssim(*frames).tolist()
+        clips += len(batch.numbers)
+        if "inception" in nets:
+            for found, x in zip(of_frames, frames):
+                found.add(nets["inception"](x))
+        if "i3d" in nets:
+            for found, x in zip(of_videos, videos):
+                found.add(nets["i3d"](x))
+        if "vgg" in nets:
+            distance += (nets["vgg"](frames[0]) - nets["vgg"](frames[1])).square().sum(1).tolist()
+    return {"ssim": middle(similar, np.mean), "lpips": middle(distance, np.mean),
+            "fid": frechet(*of_frames), "kid": kernel_distance(*of_frames), "fvd": frechet(*of_videos),
+            "clips": clips, "frames_compared": len(similar)}
 
 
 # ---------------------------------------------------------------------------- synchrony
@@ -331,7 +370,9 @@ def drift(config, device):
 
 # ---------------------------------------------------------------------------- command line
 
-MODES = {"reconstruction": reconstruction, "ef": ejection_fraction, "sync": sync, "drift": drift}
+MODES = {"reconstruction": reconstruction, "generation": generation, "ef": ejection_fraction, "sync": sync,
+         "drift": drift}
+DETECTOR = {"fid": "inception", "kid": "inception", "fvd": "i3d", "lpips": "vgg"}
 
 
 def split_targets(argv, keys):
@@ -371,7 +412,9 @@ def main():
                for key in keys}
     for key, value in figures.items():
         target = f"   target {targets[key]:g}" if key in targets else ""
-        print(f"  {key:<26}{'-' if value is None else f'{value:.5g}':>12}{target}")
+        shown = f"{value:12.5g}" if value is not None else \
+            f"not computed (pass --{DETECTOR[key]}=...)" if key in DETECTOR else f"{'-':>12}"
+        print(f"  {key:<26}{shown}{target}")
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     about = asdict(config) | figures
     about |= {"device": gpu, "commit": COMMIT, "seconds": round(time.time() - began, 1)}

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import imageio
 import numpy as np
 import pytest
+import scipy
 import torch
 
 import ecg_encoder
@@ -21,7 +22,7 @@ import evaluate
 import sample
 import train_generator
 import train_tokenizer
-from data import echonet_dynamic, heart, measures, runs, short_axis, webvid
+from data import echonet_dynamic, frechet, heart, measures, runs, short_axis, webvid
 from data.clips import LEADS, Clips, RandomWindows, as_video, batches, cut_ecg, vary_video
 from data.ecg import clean_ecg, find_r_peaks, redraw_ecg
 from data.ecg_files import read_ecg
@@ -919,6 +920,52 @@ def test_evaluate_modes(mode, target, missed, figures, phantom, weights, tmp_pat
     flags += ["--num=2"] if mode == "drift" else []
     assert [call(evaluate.main, *flags, f"--target_{x}") for x in (target, missed)] == [0, 1]
     assert set(figures.split()) <= json.loads((tmp_path / f"eval_{mode}.json").read_text()).keys()
+
+
+class Pooled(torch.nn.Module):
+    """What stands for NVIDIA's detectors: the same interface, features of a few numbers."""
+
+    def forward(self, x, return_features: bool = False, rescale: bool = False, resize: bool = False,
+                resize_images: bool = True, return_lpips: bool = False):
+        assert x.shape[1] == 3 and x.max() > 2
+        if return_lpips:
+            return x.flatten(1)[:, ::97] / 255
+        x = x.flatten(2) / 255
+        return torch.cat([x.mean(2), x.std(2)], 1)
+
+
+def test_frechet(phantom, weights, tmp_path, capsys):
+    """A distance that is not Fréchet's, also of singular covariances; a detector that is not asked; figures
+    without one."""
+    def features(x):
+        found = frechet.Features()
+        for part in torch.as_tensor(x).double().split(7):
+            found.add(part)
+        return found
+    sides, shift = torch.tensor([[1.0, 2, 3], [2.0, 2, 1]]), torch.tensor([1.0, 0, -2])
+    a, b = (3 ** 0.5 * torch.cat([s.diag(), -s.diag()]) for s in sides)         # mean 0, variances s^2
+    assert frechet.frechet(features(a), features(b + shift)) == pytest.approx(1 + 4 + 1 + 4)
+    for n in (400, 5):                                                          # 5: singular
+        x, y = torch.randn(n, 8) @ torch.randn(8, 8), torch.randn(n, 8) + 0.5
+        (m, A), (k, B) = ((v.mean(0).numpy(), np.cov(v.numpy(), rowvar=False, bias=True)) for v in (x, y))
+        root = scipy.linalg.sqrtm(A.astype(complex) @ B).real
+        expected = ((m - k) ** 2).sum() + np.trace(A + B - 2 * root)
+        assert frechet.frechet(features(x), features(y)) == pytest.approx(expected, rel=1e-3)
+        assert frechet.frechet(features(y), features(x)) == pytest.approx(expected, rel=1e-3)
+        assert frechet.frechet(features(x), features(x)) == pytest.approx(0, abs=1e-4)
+    x, y = torch.randn(2, 2000, 8)
+    assert abs(frechet.kernel_distance(features(x), features(y))) < 0.02
+    assert frechet.kernel_distance(features(x), features(y + 1)) > 1
+    torch.jit.script(Pooled()).save(str(net := tmp_path / "net.pt"))
+    flags = ["generation", f"--data={phantom}", f"--weights={weights}", f"--out={tmp_path}", "--steps=1"]
+    call(evaluate.main, *flags, "--frames=12")
+    assert "not computed (pass --i3d=...)" in capsys.readouterr().out
+    asked = [f"--{kind}={net}" for kind in frechet.KINDS]
+    assert call(evaluate.main, *flags, "--frames=12", *asked, "--target_fid=0") == 1
+    found = json.loads((tmp_path / "eval_generation.json").read_text())
+    assert found["fid"] > 0 and found["fvd"] > 0 and found["lpips"] > 0 and found["frames_compared"] == 24
+    refused("10 frames or more", call, evaluate.main, *flags, "--frames=9", f"--i3d={net}")
+    refused("TorchScript", call, evaluate.main, *flags, f"--vgg={phantom}/meta.json")
 
 
 def test_shipped_tokens_and_size():
