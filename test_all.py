@@ -895,6 +895,11 @@ def test_measures():
     """A metric that a constant or a wrong curve would pass."""
     x, ssim = torch.rand(2, 1, 32, 32), measures.ssim
     assert torch.allclose(ssim(x, x), torch.ones(2)) and (ssim(x, torch.rand_like(x)) < 0.2).all()
+    t = torch.arange(48, dtype=torch.float64)[:, None] / 48
+    a = ((9 * t).sin() @ (7 * t * t).cos().T + 1) / 2
+    b, c = a + 0.15 * (40 * t).sin() @ (31 * t).cos().T, 0.8 * a ** 2
+    for x, y, stored in ((a, b, 0.702568), (a, c, 0.619820)):     # scikit-image, gaussian_weights, sigma 1.5
+        assert ssim(x[None, None].float(), y[None, None].float()).item() == pytest.approx(stored, abs=1e-4)
     assert measures.rate_distortion_bound(np.eye(4), 8) == pytest.approx(2 ** -4)      # D = 2^(-2 R / n)
     y, x = np.mgrid[:64, :64] - 32.0
     ellipse = (x / 12) ** 2 + (y / 24) ** 2 < 1
