@@ -32,11 +32,11 @@ from data.ecg import clean_ecg, find_r_peaks
 from data.flags import UserError, parse_flags, parse_value, run_main
 from data.frechet import KINDS, Detector, Features, frechet, kernel_distance
 from data.heart import Segmenter, SegmenterConfig, cardiac_cycle, disk_volume, ef_scores, segment
-from data.measures import edge_energy, lag_ms, middle, rate_distortion_bound, ratio, ssim
+from data.measures import edge_energy, middle, rate_distortion_bound, ratio, ssim
 from data.phantom import make_ecg
 from data.runs import COMMIT, init_distributed, load_weights
-from data.synchrony import (area_drift, beat_figures, ef_figures, hidden_figures, in_middle, own_figures,
-                            swap_figures, swing_ratio)
+from data.synchrony import (SHIFT_S, beat_figures, ef_figures, flat_figures, hidden_figures, in_middle,
+                            own_figures, shift_figures, swap_figures)
 from generator import ENCODERS, Generator, GeneratorConfig, check_fits, check_scorer, stream_video
 from tokenizer import Tokenizer, TokenizerConfig, code_use, index_counts, patchify
 
@@ -50,6 +50,7 @@ class EvalConfig:
     num: int = 0                    # clips, drawn by --seed; 0 = all of the split
     frames: int = 64                # sync, ef: frames of a clip, from its first one on
     first: bool = True              # sync, ef: its first frame is given; 0 = from the ECG alone
+    conditions: str = "shifted,flat,swapped,hidden"  # sync: what becomes of the ECG
     leads: str = ""                 # sync, ef: ECG leads by name, such as II or I,V2; empty = all of the set
     steps: int = 0                  # sync, ef: decoding steps; 0 = the usual
     scorer: str = "random"          # sync, ef: order of decoding: random, halton, confidence, critic
@@ -74,9 +75,9 @@ FIGURES = {"reconstruction": "mse mae psnr ssim sharpness codes_used codebook_pe
                     ("ed_error_ms_median", "ed_error_ms_p95", "beats_found", "extra_beats")) + " clips",
            "generation": "ssim lpips fid kid fvd clips frames_compared",
            "ef": f"{EF} {EF_DECODED} {OWN} diversity clips clips_excluded",
-           "sync": f"{OWN} ed_error_ms_median_video beats_found_video shift_ms flat_swing flat_drift "
-                   "hidden_r_visible hidden_r_unseen hidden_swing "
-                   f"swap_follows_donor swap_r_donor swap_r_own {EF} clips clips_excluded"}
+           "sync": f"{OWN} ed_error_ms_median_video beats_found_video shift_ms flat_swing flat_swing_settled "
+                   "flat_drift swap_follows_donor swap_r_donor swap_r_own hidden_r_visible hidden_r_unseen "
+                   f"hidden_swing {EF} clips clips_excluded"}
 BEST = {"shift_ms": 200}
 BEST |= dict.fromkeys("psnr codes_used codebook_perplexity sector_perplexity windows clips".split(), math.inf)
 BEST |= dict.fromkeys("ssim sharpness ef_r2 ef_r2_true ef_r2_decoded area_r_median area_r_mean beats_found "
@@ -170,9 +171,6 @@ def reconstruction(config, device):
 
 # ---------------------------------------------------------------------------- generation under several ECGs
 
-SHIFT_S = 0.2       # by so much the ECG of condition "shifted" comes later
-
-
 def load_models(folder, device):
     """Tokenizer, ECG (or text) encoder, generator and segmenter of a weights folder, on the device. A
     generator of video alone has no encoder (None) and needs no segmenter."""
@@ -224,12 +222,12 @@ def decode_again(tokenizer, video):
         yield tokenizer.decode(tokenizer.encode(video[:, :, begin:begin + window]))[:, :, at - begin:]
 
 
-def generated(config, device, conditions):
+def generated(config, device, conditions, by_ecg=False):
     """Generate the clips under each of the `conditions`, batch by batch: yields a namespace of numbers and
     donors (the clips, and those whose ECG "swapped" has), fps, and videos, {"true" or condition: (B, C, T, H,
     W)}; and the set and the segmenter. "again" is "own" with another seed, in the first batch alone.
     """
-    stream, tokenizer, segmenter, margin = sampler(config, device, "shifted" not in conditions)
+    stream, tokenizer, segmenter, margin = sampler(config, device, not by_ecg)
     clips, by_text, margin = Clips(config.data, config.split), margin is None, margin or 0
     if by_text and "text" not in clips[0]:
         raise UserError(f"{config.data}: the clips of the set have no text")
@@ -258,13 +256,13 @@ def generated(config, device, conditions):
         yield SimpleNamespace(numbers=numbers, donors=donors, fps=fps, videos=videos), clips, segmenter
 
 
-def run_conditions(config, device, conditions):
+def run_conditions(config, device, conditions, by_ecg=False):
     """Records of the generated clips, as data/synchrony.py has them, and numbers of clips. Where there is
     "again", those of the first batch also have their videos (C, T, H, W). Clips whose true video shows no
     beats (a pause, a flat ECG) have no ED, no EF and no r: they are left out.
     """
     records = []
-    for batch, clips, segmenter in generated(config, device, conditions):
+    for batch, clips, segmenter in generated(config, device, conditions, by_ecg):
         masks = {name: segment(segmenter, video) for name, video in batch.videos.items()}   # B T H W
         for b, (i, donor) in enumerate(zip(batch.numbers, batch.donors)):
             area = {name: m[b].sum((1, 2), dtype=float) for name, m in masks.items()}
@@ -323,14 +321,17 @@ def generation(config, device):
 
 def sync(config, device):
     """Does the heart follow the ECG: its own, moved by 200 ms, flat, another clip's, in part hidden?"""
-    records, counts = run_conditions(config, device, ["own", "shifted", "flat", "swapped", "hidden"])
+    figures = dict(shifted=shift_figures, flat=flat_figures, swapped=swap_figures, hidden=hidden_figures)
+    asked = config.conditions.split(",") if config.conditions else []
+    if set(asked) - set(figures):
+        raise UserError(f"--conditions={config.conditions}: a list of {', '.join(figures)}")
+    records, counts = run_conditions(config, device, ["own", *asked], by_ecg=True)
     video = beat_figures(records, "true")       # what the segmenter and the frame rate allow
-    return {**own_figures(records), **swap_figures(records), **hidden_figures(records),
-            **ef_figures(records), **counts,
-            **{f"{key}_video": video[key] for key in ("ed_error_ms_median", "beats_found")},
-            "shift_ms": middle([lag_ms(x.area["shifted"], x.area["own"], x.fps) for x in records]),
-            "flat_swing": swing_ratio(records, "flat", "own"),
-            "flat_drift": middle([area_drift(x.area["flat"]) for x in records])}
+    found = own_figures(records) | ef_figures(records) | counts \
+        | {f"{key}_video": video[key] for key in ("ed_error_ms_median", "beats_found")}
+    for name in asked:
+        found |= figures[name](records)
+    return found
 
 
 # ---------------------------------------------------------------------------- a long video
@@ -408,8 +409,9 @@ def main():
         raise UserError("--batch must be at least 1, --frames at least 2, --num at least 0")
     device, began = init_distributed(config.seed)[0], time.time()
     measured = MODES[mode](config, device)
-    figures = {key: None if math.isnan(x := measured[key]) else x if isinstance(x, int) else float(f"{x:.6g}")
-               for key in keys}
+    measured = {key: measured.get(key, math.nan) for key in keys}
+    figures = {key: None if math.isnan(x) else x if isinstance(x, int) else float(f"{x:.6g}")
+               for key, x in measured.items()}
     for key, value in figures.items():
         target = f"   target {targets[key]:g}" if key in targets else ""
         shown = f"{value:12.5g}" if value is not None else \

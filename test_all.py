@@ -489,6 +489,7 @@ def test_text(phantom, weights, tmp_path, monkeypatch):
     call(sample.main, f"--weights={tmp_path}", out, "--text=A4C view, EF 30", "--frames=12", "--steps=1")
     assert np.load(tmp_path / "out/sample.npy").shape == (12, 64, 64, 1)
     call(evaluate.main, "ef", f"--data={phantom}", f"--weights={tmp_path}", out, "--frames=12", "--steps=1")
+    refused("--conditions", call, evaluate.main, "sync", f"--data={phantom}", out, "--conditions=flat,cut")
     refused("without an ECG", call, evaluate.main, "sync", f"--data={phantom}", f"--weights={tmp_path}", out)
 
 

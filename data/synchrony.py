@@ -9,7 +9,10 @@ from functools import partial
 import numpy as np
 
 from data.heart import ef_scores
-from data.measures import MATCH_S, match, middle, pearson, ratio, swing
+from data.measures import MATCH_S, lag_ms, match, middle, pearson, ratio, swing
+
+SHIFT_S = 0.2       # by so much the ECG of condition "shifted" comes later
+SETTLED_S = 1.0     # by then a heart that is caught in mid-beat has come to rest
 
 
 def ef_figures(records):
@@ -41,6 +44,22 @@ def beat_figures(records, name):
     return {"ed_error_ms_median": middle(errors),
             "ed_error_ms_p95": middle(errors, partial(np.percentile, q=95)),
             "beats_found": ratio(len(errors), peaks), "extra_beats": ratio(extra, peaks)}
+
+
+def shift_figures(records):
+    """By how much the heart comes later, where the ECG does by SHIFT_S."""
+    return {"shift_ms": middle([lag_ms(x.area["shifted"], x.area["own"], x.fps) for x in records])}
+
+
+def flat_figures(records):
+    """Under a flat ECG: the swing over that under the own one, of the whole video and of what follows
+    SETTLED_S (a first frame of mid-beat has yet to come to rest), and whether the area drifts."""
+    late = [[swing(x.area[name][round(SETTLED_S * x.fps):], x.fps) for name in ("flat", "own")]
+            for x in records if len(x.area["own"]) > 2 * SETTLED_S * x.fps]
+    a, b = np.reshape(late, (-1, 2)).T
+    return {"flat_swing": swing_ratio(records, "flat", "own"),
+            "flat_swing_settled": ratio(middle(a), middle(b)),
+            "flat_drift": middle([area_drift(x.area["flat"]) for x in records])}
 
 
 def swap_figures(records):
