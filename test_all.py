@@ -22,7 +22,7 @@ import evaluate
 import sample
 import train_generator
 import train_tokenizer
-from data import echonet_dynamic, frechet, heart, measures, runs, short_axis, webvid
+from data import echonet_dynamic, frechet, heart, measures, paired, runs, short_axis, webvid
 from data.clips import LEADS, Clips, RandomWindows, as_video, batches, cut_ecg, vary_video
 from data.ecg import clean_ecg, find_r_peaks, redraw_ecg
 from data.ecg_files import read_ecg
@@ -583,6 +583,9 @@ def test_prepared_set(phantom):
     assert item["ecg_start"] < 0 < item["ecg_start"] + 600 / 250 - 10 / 25         # what lies around it, too
     colour = RandomWindows(clips, 11, seed=3, channels=3)[5]["video"]              # grey and colour are one
     assert colour.shape == (3, 11, 64, 64) and torch.equal(colour[2], item["video"][0])
+    darker = RandomWindows(clips, 11, seed=3, vary_video=lambda x, rng: x // 2, anchor=(0.8, 0.4))[5]
+    assert darker["video"].shape[1] == 11 and darker["anchor"].shape == (1, 1, 64, 64)
+    assert 0 < darker["anchor"].max() <= 0.5 and darker["video"].max() <= 0.5       # both or neither
     varied = RandomWindows(clips, 11, seed=3, vary_video=vary_video)[5]["video"]
     assert varied.shape == item["video"].shape and not torch.allclose(varied, item["video"], atol=0.1)
     assert varied.std() == pytest.approx(item["video"].std().item(), rel=0.3)
@@ -679,6 +682,36 @@ def test_webvid(echonet, tmp_path):
     assert Clips(tmp_path / "set", "train").per_frame("video", 0).shape == (20, 32, 32, 1)
     (empty := tmp_path / "empty").mkdir()
     refused("no video file", call, webvid.main, f"--src={empty}", "--out=x")
+
+
+def test_paired(echonet, tmp_path):
+    """An ECG put to another time or lead than its own, a label lost, or believed that cannot be; a damaged
+    pair that is taken, or that ends the rest."""
+    src, ecg = tmp_path / "src", np.random.default_rng(0).standard_normal((2, 500))
+    src.mkdir()
+    for name in "abcdefg":
+        shutil.copy(echonet / "Videos/0X0.avi", src / f"{name}.avi")
+        np.save(src / f"{name}.npy", ecg + 0.0)
+    np.save(src / "c.npy", ecg[:, :120])                        # of 20 frames at 50 a second: too short
+    (src / "d.npy").unlink()
+    (src / "e.avi").write_text("no video")
+    (tmp_path / "x.csv").write_text("name,ecg_offset_s,ef,view,split\na,-0.5,55,A4C,val\nb,-0.5,5,,\n"
+                                    "f,-0.5,155,,\ng,-0.5,many,,\nc,-0.1,,,\nz,0,,,\n")
+    flags = [f"--src={src}", "--ecg_hz=250", "--ecg_leads=II,V5", "--size=32", "--val=0", "--test=0"]
+    call(paired.main, *flags, f"--csv={tmp_path / 'x.csv'}", f"--out={tmp_path / 'set'}", "--leads=V5")
+    train, val = (Clips(tmp_path / "set", split) for split in ("train", "val"))
+    assert len(train) == 1 and train[0]["id"] == "b" and train.leads == ["V5"]
+    assert (val[0]["ef"], val[0]["view"], val[0]["ecg_offset_s"]) == (55, "A4C", -0.5)
+    assert np.allclose(val.ecg(0)[0], ecg[1] - np.median(ecg[1]), atol=1e-5)
+    skipped = (tmp_path / "set/train/skipped.txt").read_text()
+    reasons = "c: the ECG lasts", "d.avi: no ECG", "e.avi: not read", "ef 155", "'many'"
+    assert all(reason in skipped for reason in reasons)
+    shutil.copy(src / "a.avi", src / "a.mp4")
+    refused("two videos are called a", call, paired.main, *flags, "--out=x")
+    (tmp_path / "x.csv").write_text("name\na\na\n")
+    (src / "a.mp4").unlink()
+    refused("a is there twice", call, paired.main, *flags, f"--csv={tmp_path / 'x.csv'}", "--out=x")
+    refused("no lead I", call, paired.main, *flags, f"--out={tmp_path / 'y'}", "--leads=I")
 
 
 def test_phantom(phantom):

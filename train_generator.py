@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import generator
-from data.clips import Clips, RandomWindows, batches
+from data.clips import Clips, RandomWindows, batches, vary_contrast
 from data.ecg import clean_ecg, redraw_ecg
 from data.flags import parse_flags, run_main
 from data.runs import (Log, all_mean, check_out, check_same, ema_update, init_distributed, load_state,
@@ -55,6 +55,7 @@ class TrainConfig(GeneratorConfig):
     prefix_share: float = 0.50      # clips with two or more known latent frames; the rest know the first
     drop_ecg: float = 0.10          # clips whose ECG (or text) is replaced by the null context
     drop_phrase: float = 0.15       # phrases of a text that are left out
+    augment: bool = False           # change the contrast of each clip by up to a fifth
     redraw_share: float = 0.40      # clips whose ECG is drawn as by another recorder
     hide_share: float = 0.20        # clips with a span of the ECG hidden
     anchor_share: float = 0.90      # of those: another frame of the video is in view, the anchor
@@ -240,8 +241,10 @@ def main():
     train, val = (RandomWindows(Clips(config.data, split), tokenizer.config.frames, samples, clean_ecg,
                                 config.batch * world, config.seed, draws(None, T * N), vary,
                                 tokenizer.config.channels, anchor=(config.ecg_before, config.ecg_after),
-                                text=left_out if text else None)
-                  for split, vary, left_out in (("train", vary, config.drop_phrase), ("val", None, 0)))
+                                text=left_out if text else None, vary_video=contrast)
+                  for split, vary, left_out, contrast in (
+                      ("train", vary, config.drop_phrase, vary_contrast if config.augment else None),
+                      ("val", None, 0, None)))
 
     # ---- model
     shape = model_config(config, GeneratorConfig)

@@ -144,11 +144,16 @@ def as_video(frames, channels=0):
     return video if channels in (0, len(video)) else video.mean(0, keepdim=True).expand(channels, -1, -1, -1)
 
 
-def vary_video(video, rng):
-    """A window (T, H, W, C) uint8 moved by up to 8 pixels (round the edges), its contrast changed by up to a
-    fifth, flipped half of the times: few clips then teach a tokenizer more."""
-    video = np.roll(video, rng.integers(-8, 9, 2), axis=(1, 2))[:, :, ::rng.choice([1, -1])]
+def vary_contrast(video, rng):
+    """A window (T, H, W, C) uint8, its contrast changed by up to a fifth."""
     return (video * rng.uniform(0.8, 1.2)).clip(0, 255).astype(np.uint8)
+
+
+def vary_video(video, rng):
+    """The same, moved by up to 8 pixels (round the edges) and flipped half of the times: few clips then teach
+    a tokenizer more."""
+    video = np.roll(video, rng.integers(-8, 9, 2), axis=(1, 2))[:, :, ::rng.choice([1, -1])]
+    return vary_contrast(video, rng)
 
 
 class RandomWindows(Dataset):
@@ -188,8 +193,11 @@ class RandomWindows(Dataset):
         start = int(rng.integers(row["frames"] - self.frames + 1))
         video = self.clips.per_frame("video", i, start, self.frames)               # T H W C
         noise = torch.from_numpy(rng.random(self.noise, np.float32))
-        video = self.vary_video(video, rng) if self.vary_video else video
-        item = {"video": as_video(video, self.channels), "clip": i, "fps": row["fps"], "noise": noise}
+        frame = int(rng.integers(row["frames"])) if self.anchor else 0
+        if self.anchor:             # at the end of the window, so that whatever varies it varies both
+            video = np.concatenate([video, self.clips.per_frame("video", i, frame, 1)])
+        video = as_video(self.vary_video(video, rng) if self.vary_video else video, self.channels)
+        item = {"video": video[:, :self.frames], "clip": i, "fps": row["fps"], "noise": noise}
         if self.samples:
             leads = self.choose_leads(n)
             ecg = self.clean(self.clips.ecg(i, leads))
@@ -200,8 +208,7 @@ class RandomWindows(Dataset):
                      "leads": torch.tensor([LEADS.index(self.clips.leads[k]) for k in leads]),
                      "ecg_start": row["ecg_offset_s"] + first / ECG_HZ - start / row["fps"]}
         if self.anchor:
-            frame, (before, after) = int(rng.integers(row["frames"])), self.anchor
-            item["anchor"] = as_video(self.clips.per_frame("video", i, frame, 1), self.channels)
+            item["anchor"], (before, after) = video[:, self.frames:], self.anchor
             if self.samples:
                 first = round((frame / row["fps"] - before - row["ecg_offset_s"]) * ECG_HZ)
                 item["anchor_ecg"] = torch.from_numpy(cut_ecg(ecg, first, round((before + after) * ECG_HZ)))
