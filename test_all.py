@@ -22,7 +22,7 @@ import evaluate
 import sample
 import train_generator
 import train_tokenizer
-from data import echonet_dynamic, frechet, heart, measures, paired, runs, short_axis, webvid
+from data import dicom, echonet_dynamic, frechet, heart, measures, paired, runs, short_axis, webvid
 from data.clips import LEADS, Clips, RandomWindows, as_video, batches, cut_ecg, vary_video
 from data.ecg import clean_ecg, find_r_peaks, redraw_ecg
 from data.ecg_files import read_ecg
@@ -712,6 +712,47 @@ def test_paired(echonet, tmp_path):
     (src / "a.mp4").unlink()
     refused("a is there twice", call, paired.main, *flags, f"--csv={tmp_path / 'x.csv'}", "--out=x")
     refused("no lead I", call, paired.main, *flags, f"--out={tmp_path / 'y'}", "--leads=I")
+
+
+def test_dicom(tmp_path):
+    """Text beside the sector that stays in the picture, a wrong frame time, a damaged file that ends all."""
+    pydicom = pytest.importorskip("pydicom")
+    row, column = np.mgrid[:96, :128]
+    sector = (np.abs(column - 64) < 0.6 * row) & (np.hypot(row, column - 64) < 90)
+    video = np.random.default_rng(0).integers(60, 200, (12, 96, 128)) * sector
+    video[:, 2:12, 2:40], video[:, 85:94, 100:126] = 255, 128           # text, a bar
+
+    def write(name, pixels, **more):
+        meta = pydicom.dataset.FileMetaDataset()
+        meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = "1.2.840.10008.5.1.4.1.1.3.1", "1.2"
+        data = pydicom.dataset.FileDataset("", {}, file_meta=meta, preamble=bytes(128))
+        about = dict(PatientID="p", NumberOfFrames=len(pixels), Rows=96, Columns=128, SamplesPerPixel=1,
+                     BitsStored=8, BitsAllocated=8, HighBit=7, PixelRepresentation=0,
+                     PhotometricInterpretation="MONOCHROME2")
+        for key, value in (about | more).items():
+            setattr(data, key, value)
+        data.PixelData = pixels.astype(np.uint8).tobytes()
+        data.save_as(tmp_path / "src" / name, enforce_file_format=True)
+    (tmp_path / "src").mkdir()
+    write("a.dcm", video, FrameTime=40)
+    write("b.dcm", video, FrameTimeVector=[0, *[20] * 11])
+    write("still.dcm", video[:1].repeat(12, 0), FrameTime=40)
+    write("when.dcm", video)
+    write("short.dcm", video[:3], FrameTime=40)
+    write("cut.dcm", video, FrameTime=40)
+    (tmp_path / "src/cut.dcm").write_bytes((tmp_path / "src/cut.dcm").read_bytes()[:9000])
+    (tmp_path / "src/readme.txt").write_text("no DICOM")
+    flags = [f"--src={tmp_path / 'src'}", "--size=64"]
+    call(dicom.main, *flags, f"--out={tmp_path / 'set'}")
+    clips = Clips(tmp_path / "set", split := os.listdir(tmp_path / "set")[0].replace("meta.json", "train"))
+    found = clips.per_frame("video", 0)
+    assert [clip["fps"] for clip in clips] == [25, 50] and found.shape == (12, 64, 64, 1)
+    assert found[:, :8, :8].max() == found[:, -3:, -3:].max() == 0 and found[:, 30:50, 25:40].std() > 20
+    skipped = (tmp_path / "set" / split / "skipped.txt").read_text()
+    reasons = "nothing moves", "its frame time", "3 frames", "cut.dcm", "readme.txt: not read"
+    assert all(reason in skipped for reason in reasons)
+    refused("no clip could be made", call, dicom.main, *flags, f"--out={tmp_path / 'x'}", "--leads=II")
 
 
 def test_phantom(phantom):
