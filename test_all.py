@@ -22,7 +22,7 @@ import evaluate
 import sample
 import train_generator
 import train_tokenizer
-from data import dicom, echonet_dynamic, frechet, heart, measures, paired, runs, short_axis, webvid
+from data import camus, dicom, echonet_dynamic, frechet, heart, measures, paired, runs, short_axis, webvid
 from data.clips import LEADS, Clips, RandomWindows, as_video, batches, cut_ecg, vary_video
 from data.ecg import clean_ecg, find_r_peaks, redraw_ecg
 from data.ecg_files import read_ecg
@@ -712,6 +712,35 @@ def test_paired(echonet, tmp_path):
     (src / "a.mp4").unlink()
     refused("a is there twice", call, paired.main, *flags, f"--csv={tmp_path / 'x.csv'}", "--out=x")
     refused("no lead I", call, paired.main, *flags, f"--out={tmp_path / 'y'}", "--leads=I")
+
+
+def test_camus(tmp_path):
+    """A mask beside its frames, a picture squeezed, rows taken for columns, a patient in two splits; a
+    damaged file that ends all."""
+    nibabel = pytest.importorskip("nibabel")
+    clip = make_clip(1, frames=6, rhythm="sinus")
+    src, video, mask = tmp_path / "src", clip["video"][:, ::2, :, 0], clip["mask"][:, ::2]  # high rows
+    for i, view in ((0, "4CH"), (0, "2CH"), (1, "4CH"), (2, "4CH"), (3, "4CH"), (4, "4CH")):
+        folder = src / f"patient000{i}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"Info_{view}.cfg").write_text(f"ED: 1\nES: 6\nSex: F\nEF: {[55.5, 50, 150, 50, 50][i]}\n"
+                                                 "FrameRate: 44.5\n")
+        for end, array in (("", video), ("_gt", 2 - mask)):             # 1 = cavity
+            image = nibabel.Nifti1Image(array.T.astype(np.uint8), np.diag([0.3, 0.6, 1, 1]))
+            nibabel.save(image, folder / f"patient000{i}_{view}_half_sequence{end}.nii.gz")
+    (src / "patient0003/patient0003_4CH_half_sequence_gt.nii.gz").unlink()
+    (src / "patient0004/patient0004_4CH_half_sequence.nii.gz").write_bytes(b"no NIfTI")
+    (src / "subgroup_testing.txt").write_text("patient0000\n")
+    (src / "subgroup_training.txt").write_text("patient0001\npatient0002\npatient0003\npatient0004\n")
+    call(camus.main, f"--src={src}", f"--out={tmp_path / 'set'}", "--size=64")
+    train, test = (Clips(tmp_path / "set", split) for split in ("train", "test"))
+    assert len(train) == 1 and [c["view"] for c in test] == ["A4C", "A2C"]
+    assert (test[0]["ef"], test[0]["fps"], test[0]["id"]) == (55.5, 44.5, "patient0000_4CH")
+    assert np.abs(test.per_frame("video", 0)[:, ::2, :, 0].astype(int) - video).mean() < 1
+    assert (test.per_frame("mask", 0)[:, ::2] == mask).all()
+    skipped = (tmp_path / "set/train/skipped.txt").read_text()
+    assert all(reason in skipped for reason in ("EF 150", "no such file", "not read as NIfTI"))
+    refused("half_sequence", call, camus.main, f"--src={src / 'patient0004'}", "--out=x", "--views=2CH")
 
 
 def test_dicom(tmp_path):
