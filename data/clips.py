@@ -33,7 +33,7 @@ ARRAYS = {"video": np.uint8, "ecg": np.float32, "mask": np.uint8, "volume": np.f
 
 
 class Shard:
-    """One SPLIT folder: the columns of clips.csv as lists, its arrays memory-mapped."""
+    """One SPLIT folder: the columns of clips.csv as lists and arrays, its arrays memory-mapped."""
 
     def __init__(self, folder, meta):
         self.folder, self.meta = folder, meta
@@ -54,9 +54,9 @@ class Shard:
             raise UserError(f"{path}: no clips in it")
         try:
             for name in INTEGERS:
-                columns[name] = [int(x) if x else 0 for x in columns[name]]
+                columns[name] = np.array([x or 0 for x in columns[name]], np.int64)
             for name in REALS:
-                columns[name] = [float(x) if x else math.nan for x in columns[name]]
+                columns[name] = np.array([x or math.nan for x in columns[name]], np.float64)
         except ValueError as error:
             raise UserError(f"{path}: column {name!r}: {error}") from None
         return columns
@@ -68,7 +68,7 @@ class Shard:
         except (ValueError, OSError, EOFError) as error:
             raise UserError(f"{path}: damaged ({error}); write the set again") from None
         start, length = ("ecg_start", "ecg_samples") if name == "ecg" else ("start", "frames")
-        end = max(s + n for s, n in zip(columns[start], columns[length]))
+        end = (columns[start] + columns[length]).max()
         if end > len(array) or array.dtype != ARRAYS[name]:
             raise UserError(f"{path}: {array.dtype} {array.shape}, but clips.csv asks for {end} rows of "
                             f"{np.dtype(ARRAYS[name])}; the set is damaged, write it again")
@@ -104,7 +104,8 @@ class Clips:
 
     def __getitem__(self, i):
         shard, j = self.locate(i)
-        return {name: column[j] for name, column in shard.columns.items()}
+        return {name: column[j] if isinstance(column, list) else column[j].item()
+                for name, column in shard.columns.items()}
 
     def per_frame(self, name, i, start=0, frames=None):
         """Frames start .. start + frames of clip i from video, mask or volume."""
@@ -176,7 +177,7 @@ class RandomWindows(Dataset):
         self.channels, self.vary_video, self.anchor, self.text = channels, vary_video, anchor, text
         if text is not None and any("text" not in s.columns for s in clips.shards):
             raise UserError("the clips of the set have no text")
-        shortest = min(min(s.columns["frames"]) for s in clips.shards)
+        shortest = min(int(s.columns["frames"].min()) for s in clips.shards)
         if shortest < frames:
             raise UserError(f"a clip of the set has {shortest} frames, fewer than the {frames} of one window")
 
