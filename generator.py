@@ -90,7 +90,8 @@ def condition(config, encoder, told, drop=None, hidden=None, anchor=None):
     """What a generator is told of B clips, from a dict of fps (B,) and, for its kind of condition,
 
     ecg: ecg (B, L, samples) and leads (L,) for an EcgEncoder, ecg_start (B,), anchor_ecg (with an anchor);
-    text: B lines of text for a TextEncoder. None is the null context throughout, as for clips of drop (B,).
+    text: B lines of text for a TextEncoder;
+    none: nothing more, it is the null context throughout, as for the clips of drop (B,).
     hidden (B, samples): True where the ECG is masked; anchor (B, h, w).
     """
     fps, B = told["fps"], len(told["fps"])
@@ -336,7 +337,7 @@ def stream_video(tokenizer, encoder, generator, ecg, leads, ecg_start, frames, f
     """Progressive sampling: yields the video in chunks (B, C, n, H, W) in [0, 1], `frames` frames in all.
 
     ecg (B, L, N) cleaned, numpy, sample 0 at ecg_start seconds; leads (L,); first (B, C, 1, H, W) or None;
-    hidden (N,) bool or None, samples that the model is not to know; text: B of them for a generator told by
+    hidden (N,) bool or None, samples that the model is not to know; text: B lines, for a generator told by
     text; encoder None for one of video alone. Each window re-encodes the last `overlap` frames (1 + a
     multiple of P_t), slides the ECG to its own time span, keeps the video's first frame in view as its
     anchor, and goes on: the memory does not grow with the length. `how` goes to fill_in.

@@ -58,8 +58,8 @@ class TrainConfig(GeneratorConfig):
     augment: bool = False           # change the contrast of each clip by up to a fifth
     redraw_share: float = 0.40      # clips whose ECG is drawn as by another recorder
     hide_share: float = 0.20        # clips with a span of the ECG hidden
-    anchor_share: float = 0.90      # of those: another frame of the video is in view, the anchor
-    fade_share: float = 0.50        # of those: the prefix has another brightness, the anchor has the true one
+    anchor_share: float = 0.90      # clips with a prefix that also see an anchor, another frame of the video
+    fade_share: float = 0.50        # prefixes of another brightness than the anchor, which has the true one
     freeze_encoder: bool = False    # leave the ECG encoder as it is
     critic_weight: float = 1.0      # Eq. 10, where there is a --critic
     bf16: bool = True               # autocast to bfloat16
@@ -101,7 +101,7 @@ def start_from(folder, shape):
 
 
 def draws(noise, tokens):
-    """The uniform numbers of a batch (B, K) by what they decide; all of K for noise None."""
+    """The uniform numbers of a batch (B, K) by what they decide; for None how many it takes, K."""
     sizes = dict(masked=3 + tokens, critic=2 * tokens, fade=17, anchor=1, drop=1, hidden=3)
     return sum(sizes.values()) if noise is None else dict(zip(sizes, noise.split(list(sizes.values()), 1)))
 

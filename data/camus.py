@@ -18,8 +18,7 @@ from PIL import Image
 
 from data.ecg_files import refuse
 from data.flags import UserError, parse_flags, run_main
-from data.paired import draw_split
-from data.prepare import prepare
+from data.prepare import draw_split, prepare
 
 
 @dataclass

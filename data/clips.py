@@ -163,11 +163,11 @@ class RandomWindows(Dataset):
     Item n: video (C, T, H, W) float in [0, 1], C as asked for (`channels`) or as the set has it; fps; clip
     index; noise (K,) uniform numbers for the training's draws; with samples > 0 also ecg (L, samples)
     cleaned, centred on the window; leads (L,) indices into LEADS; ecg_start, seconds of ecg sample 0 after
-    the window's first frame; with
-    `anchor`, seconds before and after, anchor (C, 1, H, W), any frame of the clip, and anchor_ecg, the ECG
-    around it; with `text` also the clip's text, each phrase left out at that share. Items of one `group` (a
-    step's batch over all processes) share leads: half of the groups see one lead, a quarter 2 or 3, the rest
-    all. vary(ecg, rng) alters a cleaned ECG, vary_video(video, rng) the frames (T, H, W, C) uint8.
+    the window's first frame. With `anchor`, seconds before and after: anchor (C, 1, H, W), any frame of the
+    clip, and anchor_ecg, the ECG around it. With `text`: the clip's text, each phrase left out at that share.
+    Items of one `group` (a step's batch over all processes) share leads: half of the groups see one lead, a
+    quarter 2 or 3, the rest all. vary(ecg, rng) alters a cleaned ECG, vary_video(video, rng) the frames
+    (T, H, W, C) uint8.
     """
 
     def __init__(self, clips, frames, samples=0, clean=None, group=1, seed=0, noise=0, vary=None, channels=0,

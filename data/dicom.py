@@ -20,8 +20,7 @@ from scipy.spatial import Delaunay
 from data.clips import ECG_HZ
 from data.ecg_files import read_ecg, refuse
 from data.flags import UserError, parse_flags, run_main
-from data.paired import draw_split
-from data.prepare import prepare
+from data.prepare import draw_split, prepare
 
 
 @dataclass

@@ -10,18 +10,15 @@ ef, edv_ml, esv_ml, view, text, fps, patient, split. No patient is in two splits
 import csv
 import os
 import sys
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from data.clips import ECG_HZ, LEADS
 from data.ecg_files import READERS, read_ecg
 from data.flags import UserError, parse_flags, run_main
-from data.prepare import prepare
+from data.prepare import draw_split, prepare
 from data.webvid import KINDS, read_video
 
 
@@ -105,12 +102,6 @@ def make_clip(job, size, channels, least, leads, ecg_hz, ecg_leads):
                         f"{len(video) / fps:.2f} s")
     return dict(id=name, video=video, fps=fps, ecg=ecg[[has.index(lead) for lead in leads]].T,
                 ecg_offset_s=start, **given)
-
-
-def draw_split(who, config):
-    """train, val or test by the seed and a patient's name alone."""
-    share = np.random.default_rng((config.seed, zlib.crc32(who.encode()))).random()
-    return "val" if share < config.val else "test" if share < config.val + config.test else "train"
 
 
 def first_leads(found, config):

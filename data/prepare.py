@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import zlib
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -63,6 +64,12 @@ class Writer:
             table.writeheader()
             table.writerows(self.rows)
         os.rename(self.part, self.folder)
+
+
+def draw_split(who, config):
+    """train, val or test by the seed and a name, of a patient or a file, alone."""
+    share = np.random.default_rng((config.seed, zlib.crc32(who.encode()))).random()
+    return "val" if share < config.val else "test" if share < config.val + config.test else "train"
 
 
 def attempt(make, job):

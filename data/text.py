@@ -18,8 +18,8 @@ from data.flags import UserError
 class TextConfig:
     pretrained: str = ""        # a T5 that transformers knows, or a folder of one; empty = a new small one
     dim: int = 128              # width of what comes out
-    depth: int = 3              # layers and heads of a new one
-    heads: int = 4
+    depth: int = 3              # layers of a new one
+    heads: int = 4              # its attention heads
 
 
 def byte_tokens(texts, device=None):

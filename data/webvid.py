@@ -10,7 +10,6 @@ import csv
 import logging
 import os
 import sys
-import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data.flags import UserError, parse_flags, run_main
-from data.prepare import prepare
+from data.prepare import draw_split, prepare
 
 
 @dataclass
@@ -96,10 +95,8 @@ def main():
         raise UserError("channels is 1 or 3; size, frames and least are 1 or more, fps 0 or more")
     jobs, src = {"train": [], "val": [], "test": []}, Path(config.src)
     for path, text in listed(config):
-        name = str(path.relative_to(src))           # its split hangs on its name and the seed alone
-        share = np.random.default_rng((config.seed, zlib.crc32(name.encode()))).random()
-        split = "val" if share < config.val else "test" if share < config.val + config.test else "train"
-        jobs[split].append((name, path, text))
+        name = str(path.relative_to(src))
+        jobs[draw_split(name, config)].append((name, path, text))
     if not any(jobs.values()):
         raise UserError(f"--src={config.src}: no video file in it ({' '.join(sorted(KINDS))})")
     meta = dict(name=os.path.basename(config.out.rstrip("/")), fps=config.fps or None, height=config.size,
