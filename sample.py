@@ -180,7 +180,7 @@ def main():
         raise UserError("this generator was trained without an ECG: no --ecg, --shift_ms, --hide or --masks")
     if bool(config.text) != (condition == "text"):
         raise UserError('this generator is told by text: --text="A4C view, EF 55, heart rate 72"'
-                        if condition == "text" else "--text: this generator was trained without text")
+                        if condition == "text" else "--text: these --weights were trained without text")
     span = models[1].config.samples / ECG_HZ if condition == "ecg" else config.frames / config.fps + 1
     check_flags(config, c.frames, c.patch_t, span)
     check_scorer(models[2].config, config.scorer)

@@ -28,7 +28,7 @@ class Detector:
         try:
             self.net = torch.jit.load(path, map_location=device).eval()
         except (ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].partition(". ")[0]
             raise UserError(f"--{kind}={path}: not read as TorchScript: {reason}") from None
 
     @torch.no_grad()
