@@ -40,6 +40,7 @@ class PhantomConfig:
     any_fps: float = 0.0           # share of the training clips with a rate of their own, 8 to 60 a second
     frames: int = 64               # frames a clip
     hr: float = 0.0                # heart rate of all clips, beats a minute; 0 = drawn
+    any_hr: float = 0.0            # share of the training clips with any heart rate, 35 to 175 a minute
     views: str = "A4C"             # of the clips, drawn from this list: A4C, A2C
     rhythm: str = ""               # sinus, ectopic, pause, asystole, flat or af for all clips; empty = drawn
     seed: int = 0                  # the same seed gives the same bytes, whatever the number of workers
@@ -355,20 +356,25 @@ def make_clip(seed, size=64, frames=64, fps=25.0, hr=None, ef=None, rhythm=None,
 
 
 def numbered_clip(job, **how):
-    name, seed, fps, view = job
-    return {"id": name} | make_clip(seed, fps=fps, view=view, **how)
+    name, seed, fps, view, hr = job
+    return {"id": name} | make_clip(seed, fps=fps, view=view, hr=hr or None, **how)
 
 
 def list_jobs(cfg):
-    """(name, seed, fps, view) of every clip by split. The split is part of the seed, so no clip of one split
-    can be in another; the clips with a rate of their own come last."""
+    """(name, seed, fps, view, heart rate or 0) of every clip by split. The split is part of the seed, so no clip
+    of one split can be in another; the clips with frames at a rate of their own come last."""
+    def draw(*key):
+        return np.random.default_rng((cfg.seed, *key))
     def fps(s, i, n):
         own = s == 0 and i >= round(n * (1 - cfg.any_fps))
-        return round(8 * 7.5 ** np.random.default_rng((cfg.seed, s, i, 1)).random(), 2) if own else cfg.fps
+        return round(8 * 7.5 ** draw(s, i, 1).random(), 2) if own else cfg.fps
     def view(s, i):
-        return str(np.random.default_rng((cfg.seed, s, i, 2)).choice(cfg.views.split(",")))
+        return str(draw(s, i, 2).choice(cfg.views.split(",")))
+    def hr(s, i):
+        share, rate = draw(s, i, 3).random(2)
+        return 35 * 5 ** rate if s == 0 and share < cfg.any_hr else cfg.hr
     counts = dict(train=cfg.clips, val=cfg.val, test=cfg.test)
-    return {split: [(f"{split}{i:06d}", (cfg.seed, s, i), fps(s, i, n), view(s, i)) for i in range(n)]
+    return {split: [(f"{split}{i:06d}", (cfg.seed, s, i), fps(s, i, n), view(s, i), hr(s, i)) for i in range(n)]
             for s, (split, n) in enumerate(counts.items())}
 
 
@@ -377,16 +383,15 @@ def main():
     print(cfg)
     if min(cfg.clips, cfg.val, cfg.test) < 0 or cfg.size < 16 or cfg.frames < 1 or cfg.fps <= 0:
         raise UserError("clips, val and test must be 0 or more, size 16 or more, frames and fps above 0")
-    if not 0 <= cfg.any_fps <= 1:
-        raise UserError(f"--any_fps={cfg.any_fps:g}: a share, 0 to 1")
+    if not (0 <= cfg.any_fps <= 1 and 0 <= cfg.any_hr <= 1):
+        raise UserError(f"--any_fps={cfg.any_fps:g} and --any_hr={cfg.any_hr:g} are shares, 0 to 1")
     meta = dict(name=os.path.basename(cfg.out.rstrip("/")), fps=cfg.fps, height=cfg.size, width=cfg.size,
                 channels=1, leads=LEADS, source="phantom", command=" ".join(["data.phantom", *sys.argv[1:]]))
     if cfg.rhythm and cfg.rhythm not in RHYTHMS or cfg.hr and not 20 <= cfg.hr <= 220:
         raise UserError(f"--rhythm is one of {', '.join(RHYTHMS)}; --hr 20 to 220 a minute, or 0")
     if set(cfg.views.split(",")) - set(VIEWS):
         raise UserError(f"--views={cfg.views}: a list of {', '.join(VIEWS)}")
-    make = partial(numbered_clip, size=cfg.size, frames=cfg.frames, hr=cfg.hr or None,
-                   rhythm=cfg.rhythm or None)
+    make = partial(numbered_clip, size=cfg.size, frames=cfg.frames, rhythm=cfg.rhythm or None)
     prepare(cfg.out, meta, list_jobs(cfg), make, cfg.workers)
 
 
