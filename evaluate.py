@@ -3,6 +3,9 @@
     python evaluate.py reconstruction --data=datasets/phantom --weights=runs/demo       # the paper's Table 1
     python evaluate.py ef --data=datasets/phantom --weights=runs/demo                   # its Table 3
     python evaluate.py generation --inception=F --i3d=F --vgg=F --weights=runs/demo     # its Table 2
+    python evaluate.py tables --data=datasets/NAME --weights=runs/NAME      # all three as OUT/tables.md
+    python evaluate.py figure --ecg=watch.csv                               # its Fig. 3 as OUT/figure.png
+    python evaluate.py segmenter --data=datasets/NAME --segmenter=runs/NAME             # Dice and EF
     python evaluate.py sync --data=datasets/phantom --weights=runs/demo --num=64        # the synchrony test
     python evaluate.py drift --weights=runs/demo --frames=2000                          # a long video
 
@@ -28,15 +31,18 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.clips import ECG_HZ, LEADS, Clips, as_video, chosen, cut_ecg
-from data.ecg import clean_ecg, find_r_peaks
+from data.ecg import clean_ecg, find_r_peaks, go_on
+from data.ecg_files import read_ecg
 from data.flags import UserError, parse_flags, parse_value, run_main
 from data.frechet import KINDS, Detector, Features, frechet, kernel_distance
-from data.heart import Segmenter, SegmenterConfig, cardiac_cycle, disk_volume, ef_scores, segment
+from data.heart import cardiac_cycle, disk_volume, ef_scores, load_segmenter, measure_segmenter, segment
 from data.measures import edge_energy, middle, rate_distortion_bound, ratio, ssim
 from data.phantom import make_ecg
+from data.picture import SCROLL_S, draw_strip, film, strip_curve
 from data.runs import COMMIT, init_distributed, load_weights
 from data.synchrony import (SHIFT_S, beat_figures, ef_figures, flat_figures, hidden_figures, in_middle,
                             own_figures, shift_figures, swap_figures)
+from data.tables import markdown
 from generator import ENCODERS, Generator, GeneratorConfig, check_fits, check_scorer, stream_video
 from tokenizer import Tokenizer, TokenizerConfig, code_use, index_counts, patchify
 
@@ -46,6 +52,7 @@ class EvalConfig:
     data: str = "datasets/phantom"  # prepared data set
     weights: str = "weights"        # folder with the trained weights
     out: str = "out"                # folder for eval_MODE.json
+    segmenter: str = ""             # another one than the weights': a folder, or a TorchScript file
     split: str = "test"             # split that is measured
     num: int = 0                    # clips, drawn by --seed; 0 = all of the split
     frames: int = 64                # sync, ef: frames of a clip, from its first one on
@@ -58,6 +65,8 @@ class EvalConfig:
     guidance_end: float = 0         # sync, ef: its scale at the last step, linear in between; 0 = the same
     temperature: float = 1.0        # sync, ef: of the draws
     overlap: int = 5                # sync, ef: frames that a window knows of the one before
+    ecg: str = ""                   # figure: a recording for its last row
+    ecg_hz: float = 0               # figure: its samples a second, where the file does not say
     inception: str = ""             # generation: NVIDIA's TorchScript detectors, for FID and KID,
     i3d: str = ""                   # for FVD,
     vgg: str = ""                   # and for LPIPS
@@ -73,6 +82,8 @@ FIGURES = {"reconstruction": "mse mae psnr ssim sharpness codes_used codebook_pe
                              "rd_bound_mse windows clips",
            "drift": "grey contrast area " + " ".join(f"{key}_{end}" for end in ("first", "last") for key in
                     ("ed_error_ms_median", "ed_error_ms_p95", "beats_found", "extra_beats")) + " clips",
+           "segmenter": "dice ef_r2 ef_mae ef_rmse clips",
+           "figure": "rows frames",
            "generation": "ssim lpips fid kid fvd clips frames_compared",
            "ef": f"{EF} {EF_DECODED} {OWN} diversity clips clips_excluded",
            "sync": f"{OWN} ed_error_ms_median_video beats_found_video shift_ms flat_swing flat_swing_settled "
@@ -80,9 +91,9 @@ FIGURES = {"reconstruction": "mse mae psnr ssim sharpness codes_used codebook_pe
                    f"hidden_swing {EF} clips clips_excluded"}
 BEST = {"shift_ms": 200}
 BEST |= dict.fromkeys("psnr codes_used codebook_perplexity sector_perplexity windows clips".split(), math.inf)
-BEST |= dict.fromkeys("ssim sharpness ef_r2 ef_r2_true ef_r2_decoded area_r_median area_r_mean beats_found "
-                      "beats_found_video flat_drift hidden_r_visible hidden_r_unseen hidden_swing "
-                      "swap_follows_donor swap_r_donor swing drift diversity".split(), 1)
+BEST |= dict.fromkeys("dice ssim sharpness ef_r2 ef_r2_true ef_r2_decoded area_r_median area_r_mean "
+                      "beats_found beats_found_video flat_drift hidden_r_visible hidden_r_unseen "
+                      "hidden_swing swap_follows_donor swap_r_donor swing drift diversity".split(), 1)
 
 
 # ---------------------------------------------------------------------------- reading the set
@@ -171,17 +182,18 @@ def reconstruction(config, device):
 
 # ---------------------------------------------------------------------------- generation under several ECGs
 
-def load_models(folder, device):
-    """Tokenizer, ECG (or text) encoder, generator and segmenter of a weights folder, on the device. A
-    generator of video alone has no encoder (None) and needs no segmenter."""
+def load_models(folder, device, segmenter=""):
+    """Tokenizer, ECG (or text) encoder, generator and segmenter of a weights folder, on the device; another
+    segmenter if given. A generator of video alone has no encoder (None) and needs no segmenter."""
     load = lambda *part: load_weights(folder, *part).eval().to(device)                      # noqa: E731
     tokenizer = load("tokenizer", Tokenizer, TokenizerConfig)
     generator = load("generator", Generator, GeneratorConfig)
     alone = generator.config.condition not in ENCODERS
     encoder = None if alone else load(*ENCODERS[generator.config.condition])
-    segmenter = None if alone and not Path(folder, "segmenter.pt").exists() \
-        else load("segmenter", Segmenter, SegmenterConfig)
     check_fits(generator.config, tokenizer, encoder)
+    if alone and not segmenter and not Path(folder, "segmenter.pt").exists():
+        return tokenizer, encoder, generator, None
+    segmenter = load_segmenter(segmenter or folder, tokenizer.config.channels).to(device)
     return tokenizer, encoder, generator, segmenter
 
 
@@ -199,7 +211,7 @@ def groups(clips, config):
 def sampler(config, device, text=False):
     """stream_video with the models and settings of a config, tokenizer, segmenter, and the seconds of ECG
     that it wants before and after the video; None of a generator told by text, where `text` allows one."""
-    tokenizer, encoder, generator, segmenter = load_models(config.weights, device)
+    tokenizer, encoder, generator, segmenter = load_models(config.weights, device, config.segmenter)
     if generator.config.condition not in ("ecg", "text" if text else ""):
         raise UserError("this generator was trained without an ECG: there is no beat to follow")
     c = tokenizer.config
@@ -291,6 +303,13 @@ def ejection_fraction(config, device):
         | {"diversity": ratio(*np.mean(pairs, axis=0)) if pairs else math.nan}
 
 
+def segmenter_figures(config, device):
+    """Dice and EF of the segmenter on the set's own masks."""
+    clips = Clips(config.data, config.split)
+    model = load_segmenter(config.segmenter or config.weights, clips.meta["channels"]).to(device)
+    return measure_segmenter(model, clips, chosen(clips, config.num, config.seed))
+
+
 # ---------------------------------------------------------------------------- picture quality
 
 def generation(config, device):
@@ -315,6 +334,42 @@ def generation(config, device):
     return {"ssim": middle(similar, np.mean), "lpips": middle(distance, np.mean),
             "fid": frechet(*of_frames), "kid": kernel_distance(*of_frames), "fvd": frechet(*of_videos),
             "clips": clips, "frames_compared": len(similar)}
+
+
+COLUMNS, SIDE = 8, 128      # of the figure: frames in a row, pixels of one
+
+
+@torch.no_grad()
+def figure(config, device):
+    """The paper's Fig. 3, as OUT/figure.png: frames of a clip, and of what its first frame becomes under its
+    own ECG, a flat one, its own SHIFT_S later, and --ecg's; each row above its ECG, a frame over its time."""
+    stream, _, _, margin = sampler(config, device)
+    clips = Clips(config.data, config.split)
+    i, picked = chosen(clips, 1, config.seed)[0], pick_leads(clips, config.leads)
+    fps, frames = clips[i]["fps"], min(clips[i]["frames"], config.frames)
+    span, shown = frames / fps + 2 * margin, min(frames / fps, SCROLL_S)
+    true = as_video(clips.per_frame("video", i, 0, frames))[None]                           # 1 C T H W
+    own = aligned_ecg(clips, [i], picked, -margin, frames / fps + margin)[0], [clips.leads[k] for k in picked]
+    rows = [("ground truth", *own, 0), ("its own ECG", *own, 0), ("flat ECG", 0 * own[0], own[1], 0),
+            (f"its own ECG {1000 * SHIFT_S:.0f} ms later", *own, SHIFT_S)]
+    if config.ecg:
+        ecg, leads = read_ecg(config.ecg, config.ecg_hz, config.leads.split(",") if config.leads else ())
+        ecg = clean_ecg(go_on(ecg, -round(margin * ECG_HZ), round(span * ECG_HZ)))
+        rows.append((Path(config.ecg).stem, ecg, leads, 0))
+    parts, at = [], ((np.arange(COLUMNS) + 0.5) / COLUMNS * shown * fps).astype(int)
+    for title, ecg, leads, shift in tqdm(rows, desc="rows"):
+        start = shift - margin
+        chunks = [true] if title == rows[0][0] else stream(
+            ecg=ecg[None], leads=[LEADS.index(name) for name in leads], ecg_start=start, frames=frames,
+            fps=fps, first=true[:, :, :1].to(device) if config.first else None, seed=config.seed)
+        video = torch.cat([chunk.cpu() for chunk in chunks], dim=2)[0][:, at]               # C n H W
+        lead = ecg[leads.index("II") if "II" in leads else 0]
+        strip = draw_strip(shown, shown, start + np.arange(len(lead)) / ECG_HZ, strip_curve(lead, 48),
+                           start + find_r_peaks(ecg), 48, COLUMNS * SIDE)
+        parts += [film(video.permute(1, 2, 3, 0).numpy(), title, SIDE), strip]
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    imageio.imwrite(Path(config.out) / "figure.png", np.concatenate(parts))
+    return {"rows": len(rows), "frames": frames}
 
 
 # ---------------------------------------------------------------------------- synchrony
@@ -372,7 +427,8 @@ def drift(config, device):
 # ---------------------------------------------------------------------------- command line
 
 MODES = {"reconstruction": reconstruction, "generation": generation, "ef": ejection_fraction, "sync": sync,
-         "drift": drift}
+         "drift": drift, "segmenter": segmenter_figures, "figure": figure}
+TABLES = "reconstruction", "generation", "ef"       # the modes that mode "tables" runs
 DETECTOR = {"fid": "inception", "kid": "inception", "fvd": "i3d", "lpips": "vgg"}
 
 
@@ -400,16 +456,31 @@ def main():
     mode, *argv = sys.argv[1:] or [""]
     if {"--help", "-h"} & {mode, *argv}:
         parse_flags(EvalConfig, argv=["--help"])
-    if mode not in MODES:
-        raise UserError(f"the first argument is the mode, one of {' '.join(MODES)}; not {mode!r}")
-    keys = FIGURES[mode].split()
-    targets, argv = split_targets(argv, keys)
+    if mode not in (*MODES, "tables"):
+        raise UserError(f"the first argument is the mode, one of {' '.join(MODES)} tables; not {mode!r}")
+    modes = TABLES if mode == "tables" else [mode]
+    targets, argv = split_targets(argv, [key for name in modes for key in FIGURES[name].split()])
     config = parse_flags(EvalConfig, argv=argv)
     if config.batch < 1 or config.frames < 2 or config.num < 0:
         raise UserError("--batch must be at least 1, --frames at least 2, --num at least 0")
-    device, began = init_distributed(config.seed)[0], time.time()
-    measured = MODES[mode](config, device)
-    measured = {key: measured.get(key, math.nan) for key in keys}
+    device = init_distributed(config.seed)[0]
+    found = [report(name, config, device, targets) for name in modes]
+    if mode == "tables":
+        about = f"{config.data} ({config.split}), weights {config.weights}, {found[0]['device']}, " \
+                f"seed {config.seed}, commit {COMMIT}"
+        (Path(config.out) / "tables.md").write_text(markdown(found, about))
+        print(f"{config.out}/tables.md")
+    missed = [(key, figures[key]) for name, figures in zip(modes, found) for key in FIGURES[name].split()
+              if key in targets and falls_short(key, figures[key], targets[key])]
+    for key, value in missed:
+        print(f"{key} = {value} misses the target {targets[key]:g}", file=sys.stderr)
+    return int(bool(missed))
+
+
+def report(mode, config, device, targets):
+    """Measure, print, and write OUT/eval_MODE.json, whose content it returns."""
+    began, measured = time.time(), MODES[mode](config, device)
+    measured = {key: measured.get(key, math.nan) for key in FIGURES[mode].split()}
     figures = {key: None if math.isnan(x) else x if isinstance(x, int) else float(f"{x:.6g}")
                for key, x in measured.items()}
     for key, value in figures.items():
@@ -422,10 +493,7 @@ def main():
     about |= {"device": gpu, "commit": COMMIT, "seconds": round(time.time() - began, 1)}
     Path(config.out).mkdir(parents=True, exist_ok=True)
     (Path(config.out) / f"eval_{mode}.json").write_text(json.dumps(about, indent=1) + "\n")
-    missed = [key for key in targets if falls_short(key, figures[key], targets[key])]
-    for key in missed:
-        print(f"{key} = {figures[key]} misses the target {targets[key]:g}", file=sys.stderr)
-    return int(bool(missed))
+    return about
 
 
 if __name__ == "__main__":

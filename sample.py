@@ -31,7 +31,7 @@ from data.ecg_files import read_ecg
 from data.flags import UserError, parse_flags, run_main
 from data.heart import cardiac_cycle, disk_volume, masks_of
 from data.phantom import make_ecg
-from data.picture import draw_strip, gif_frame, load_image
+from data.picture import draw_strip, gif_frame, load_image, strip_curve
 from data.prepare import Writer
 from evaluate import load_models
 from generator import check_scorer, stream_video
@@ -124,12 +124,10 @@ def make_video(config, models, trace, first, seed, path, dataset):
     began, c, fps = time.time(), models[0].config, config.fps
     side, height, seconds = max(1, round(256 / c.size)) * c.size, 64, config.frames / fps
     instants, lead = start + np.arange(ecg.shape[1]) / ECG_HZ, ecg[leads.index("II") if "II" in leads else 0]
-    low, high = np.quantile(lead, [0.001, 0.999])
     by_ecg = stages[2].config.condition == "ecg"
     begin, end = hidden_span(config.hide)
     hidden = (instants >= begin) & (instants < end)
-    curve = np.where(hidden, 0, lead)                   # the strip shows what the model sees
-    curve = height * (0.88 - 0.62 * np.clip((curve - low) / max(high - low, 1e-6), 0, 1))
+    curve = strip_curve(np.where(hidden, 0, lead), height)      # the strip shows what the model sees
     chunks = stream_video(*stages, ecg[None], [LEADS.index(name) for name in leads], start, config.frames,
                           fps, first, config.overlap, seed, hidden, [config.text], scorer=config.scorer,
                           steps=config.steps, guidance=config.guidance, guidance_end=config.guidance_end,

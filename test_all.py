@@ -27,7 +27,7 @@ from data.clips import LEADS, Clips, RandomWindows, as_video, batches, cut_ecg, 
 from data.ecg import clean_ecg, find_r_peaks, redraw_ecg
 from data.ecg_files import read_ecg
 from data.flags import UserError, field_comments, parse_flags
-from data.phantom import make_clip, make_ecg
+from data.phantom import PhantomConfig, list_jobs, make_clip, make_ecg
 from data.prepare import prepare
 from ecg_encoder import EcgConfig, EcgEncoder, MaskedAutoencoder
 from generator import (SCORERS, Generator, GeneratorConfig, condition, draw, fill_in, guide, halton,
@@ -633,22 +633,31 @@ def test_prepare_goes_on_after_a_crash(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture(scope="session")
 def echonet(tmp_path_factory):
-    """EchoNet-Dynamic's layout: five videos, of which one is cut short, one missing and one of EF 120."""
+    """EchoNet-Dynamic's layout: five videos, of which one is cut short, one missing and one of EF 120; the
+    others are traced in frames 3 and 12."""
     src = tmp_path_factory.mktemp("echonet")
     (src / "Videos").mkdir()
     table = ["FileName,EF,ESV,EDV,FrameHeight,FrameWidth,FPS,NumberOfFrames,Split"]
+    chords = ["FileName,X1,Y1,X2,Y2,Frame"]
     for i, split in enumerate(("TRAIN", "VAL", "TEST", "TRAIN", "TRAIN", "TRAIN")):
         clip, name = make_clip((5, i), frames=20, rhythm="sinus"), f"0X{i}"
         table.append(f"{name},{120 if i == 3 else clip['ef']},40,90,64,64,50,{30 if i == 4 else 20},{split}")
         if i != 5:
             imageio.mimwrite(src / f"Videos/{name}.avi", clip["video"].repeat(3, 3), fps=50, codec="mjpeg",
                              quality=10, macro_block_size=8)
+        for frame in (3, 12):
+            rows = [(x.min(), y, x.max() + 1, y) for y, line in enumerate(clip["mask"][frame])
+                    if len(x := np.flatnonzero(line))]
+            axis = (*rows[0][:2], *rows[-1][:2])                # the long axis comes first
+            chords += [f"{name}.avi,{','.join(f'{1.75 * z}' for z in row)},{frame}" for row in (axis, *rows)]
     (src / "FileList.csv").write_text("\n".join(table) + "\n")
+    (src / "VolumeTracings.csv").write_text("\n".join(chords) + "\n")
     return src
 
 
 def test_echonet_dynamic(echonet, tmp_path):
-    """Frames lost or scrambled between AVI and set, splits mixed up, a damaged file that ends all."""
+    """Frames or tracings lost or scrambled between source and set, splits mixed up, a damaged file that ends
+    all; a U-Net that learns from frames that nobody traced."""
     run("-m", "data.echonet_dynamic", f"--src={echonet}", f"--out={tmp_path / 'set'}", "--size=64")
     for i, split in enumerate(("train", "val", "test")):
         clips, true = Clips(tmp_path / "set", split), make_clip((5, i), frames=20, rhythm="sinus")
@@ -656,11 +665,56 @@ def test_echonet_dynamic(echonet, tmp_path):
         assert clips[0]["ef"] == pytest.approx(true["ef"])
         found = clips.per_frame("video", 0).astype(float)
         assert found.shape == (20, 64, 64, 1) and np.abs(found - true["video"]).mean() < 4
+        mask = clips.per_frame("mask", 0)
+        assert np.flatnonzero(heart.is_traced(mask)).tolist() == [3, 12]
+        for k in (3, 12):
+            both, size = (mask[k] & true["mask"][k]).sum(), mask[k].sum() + true["mask"][k].sum()
+            assert 2 * both / size > 0.9
+    x, y = heart.random_frames(clips, SimpleNamespace(seed=0, batch=9, context=2), 0)
+    assert len(x) == len(y) >= 9 and y.max() == 1 and y.mean() < 0.5
+    assert heart.measure_segmenter(heart.Segmenter(heart.SegmenterConfig(width=8)), clips, [0])["dice"] < 1
     skipped = (tmp_path / "set/train/skipped.txt").read_text()
     assert all(reason in skipped for reason in ("EF 120", "0X4.avi: 20 frames", "0X5.avi: no such file"))
+    row, traced = echonet_dynamic.file_list(echonet)[0], {99: echonet_dynamic.tracings(echonet)["0X0"][3]}
+    refused("has frame 99, the video 20 frames", echonet_dynamic.make_clip, (row, traced), echonet, 64, 1, 11)
     refused("No such", call, echonet_dynamic.main, f"--src={tmp_path}", "--out=x")
     (tmp_path / "FileList.csv").write_text("FileName,EF\n0X1,50\n")
     refused("no column ESV", call, echonet_dynamic.main, f"--src={tmp_path}", "--out=x")
+    (tmp_path / "VolumeTracings.csv").write_text("FileName,X1,Y1,X2,Y2,Frame\n0X1,1,2,three,4,5\n")
+    refused("row of 0X1", echonet_dynamic.tracings, tmp_path)
+
+
+class Bright(torch.nn.Module):
+    """A segmenter: what is bright."""
+
+    def forward(self, x):
+        return 10 * (x.mean(1, keepdim=True) - 0.5)
+
+
+def test_ecg_for_echonet(tmp_path):
+    """R peaks that are not where the ventricle is largest, or not where the experts traced ED; a TorchScript
+    segmenter that is not asked; an ECG for a heart that stands still."""
+    (tmp_path / "Videos").mkdir()
+    y, x = np.mgrid[:112, :112] - 56
+    table, beats = ["FileName,EF,ESV,EDV,FPS,NumberOfFrames,Split"], 0.3 + 0.8 * np.arange(3)
+    for name, rate in (("a", 1.25), ("still", 0)):
+        radius = 25 + 8 * np.cos(2 * np.pi * rate * (np.arange(110) / 50 - 0.3))
+        video = (np.hypot(x, y) < radius[:, None, None]).astype(np.uint8)[..., None] * 200
+        imageio.mimwrite(tmp_path / f"Videos/{name}.avi", video.repeat(3, 3), fps=50, codec="mjpeg")
+        table.append(f"{name},50,40,90,50,110,TRAIN")
+    (tmp_path / "FileList.csv").write_text("\n".join(table))
+    chords = [f"a.avi,{x},20,{x + 1},90,{k}" for k, right in ((57, 60), (76, 40)) for x in (30, 30, right)]
+    (tmp_path / "VolumeTracings.csv").write_text("\n".join(["FileName,X1,Y1,X2,Y2,Frame", *chords]))
+    torch.jit.script(Bright()).save(str(tmp_path / "net.pt"))
+    flags = [f"--src={tmp_path}", "--size=64", "--workers=1"]
+    call(echonet_dynamic.main, *flags, f"--segmenter={tmp_path / 'net.pt'}", f"--out={tmp_path / 'set'}")
+    clips = Clips(tmp_path / "set", "train")
+    beats[1] = 57 / 50                                          # the traced one
+    found = find_r_peaks(clips.ecg(0)) + clips[0]["ecg_offset_s"]
+    assert clips.meta["ecg"] == "synthetic" and len(clips) == 1
+    assert found[(found > 0) & (found < 2.2)] == pytest.approx(beats, abs=0.03)
+    assert "no beat is seen" in (tmp_path / "set/train/skipped.txt").read_text()
+    refused("TorchScript", heart.load_segmenter, tmp_path / "FileList.csv", 1)
 
 
 def test_webvid(echonet, tmp_path):
@@ -799,6 +853,10 @@ def test_phantom(phantom):
     assert np.allclose(ecg[2:4], [ecg[1] - ecg[0], -(ecg[0] + ecg[1]) / 2], atol=1e-5)     # III, aVR
     rates = [Clips(phantom, "train")[i]["fps"] for i in range(6)]
     assert rates[:4] == [25] * 4 and all(8 <= rate <= 60 and rate != 25 for rate in rates[4:])
+    jobs = list_jobs(PhantomConfig(clips=200, val=50, test=0, any_hr=0.3))
+    rates = np.array([job[4] for job in jobs["train"]])
+    assert 40 < (rates > 0).sum() < 80 and 35 <= rates[rates > 0].min() < 45 and 150 < rates.max() <= 175
+    assert not any(job[4] for job in jobs["val"])
     assert (Clips(phantom, "test").per_frame("video", 1) == make_clip((0, 2, 1), frames=32)["video"]).all()
 
 
@@ -857,11 +915,12 @@ def test_r_peaks(hr, leads):
 
 
 def test_clean_ecg():
-    """A flat lead blown up to noise of unit size, or baseline wander left in."""
+    """A flat lead blown up to noise of unit size, baseline wander left in, or beats lost to exact zeros."""
     beats = make_ecg(0, 10, noise=0).ecg[:, 1]
     clean = clean_ecg(np.stack([beats, beats + np.sin(1.2 * np.arange(2500) / 250)]))
     assert abs(clean.std() - 1) < 1e-3 and np.corrcoef(clean)[0, 1] > 0.98
     assert clean_ecg(1e-3 * np.random.default_rng(0).standard_normal((1, 2500))).std() < 0.1
+    assert np.allclose(find_r_peaks(cut_ecg(clean, -400, 3300)) - 1.6, find_r_peaks(clean))
 
 
 def test_redrawn_ecg_keeps_its_beats():
@@ -1019,6 +1078,8 @@ def test_measures():
 
 @pytest.mark.parametrize("mode, target, missed, figures", [
     ("reconstruction", "mse=9", "mse=1e-9", "mae psnr ssim codes_used codebook_perplexity rd_bound_mse"),
+    ("segmenter", "clips=2", "clips=3", "dice ef_r2 ef_mae ef_rmse"),
+    ("figure", "rows=9", "rows=1", "frames"),
     ("drift", "clips=2", "clips=3", "grey contrast area beats_found_first ed_error_ms_median_last"),
     ("ef", "clips=2", "clips=3", "ef_r2 ef_mae ef_rmse ef_r2_true ef_mae_true ef_mae_decoded diversity"),
     ("sync", "clips=2", "clips=3", "area_r_median ed_error_ms_median ed_error_ms_p95 beats_found extra_beats "
@@ -1075,6 +1136,10 @@ def test_frechet(phantom, weights, tmp_path, capsys):
     assert found["fid"] > 0 and found["fvd"] > 0 and found["lpips"] > 0 and found["frames_compared"] == 24
     refused("10 frames or more", call, evaluate.main, *flags, "--frames=9", f"--i3d={net}")
     refused("TorchScript", call, evaluate.main, *flags, f"--vgg={phantom}/meta.json")
+    call(evaluate.main, "tables", *flags[1:], "--frames=12", "--num=1")
+    tables = (tmp_path / "tables.md").read_text()
+    assert "| ECHOPulse, quoted | 0.85 | 2.5 | 2.9 |" in tables
+    assert "| measured here, 1 clips | not computed | not computed | 0." in tables
 
 
 def test_shipped_tokens_and_size():

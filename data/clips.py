@@ -4,7 +4,8 @@
     datasets/NAME/SPLIT/clips.csv    one row a clip (COLUMNS below; unknown = empty)
     datasets/NAME/SPLIT/video.npy    uint8 (sum of frames, H, W, C)
     datasets/NAME/SPLIT/ecg.npy      float32 (sum of samples, L), mV at 250 Hz; optional
-    datasets/NAME/SPLIT/mask.npy     uint8 (sum of frames, H, W), 1 = left-ventricular cavity; optional
+    datasets/NAME/SPLIT/mask.npy     uint8 (sum of frames, H, W), 1 = left-ventricular cavity; a frame that
+                                     nobody traced is all 255; optional
     datasets/NAME/SPLIT/volume.npy   float32 (sum of frames,), true LV volume in ml; optional
 
 Frame k shows t = k / fps seconds, ECG sample j shows t = ecg_offset_s + j / 250. Every random draw of a
@@ -29,6 +30,7 @@ COLUMNS = ("id", "start", "frames", "fps", "ecg_start", "ecg_samples", "ecg_offs
            "esv_ml", "text", "r_peaks_s")
 INTEGERS = ("start", "frames", "ecg_start", "ecg_samples")
 REALS = ("fps", "ecg_offset_s", "ef", "edv_ml", "esv_ml")
+UNTRACED = 255
 ARRAYS = {"video": np.uint8, "ecg": np.float32, "mask": np.uint8, "volume": np.float32}
 
 

@@ -40,7 +40,8 @@ def find_r_peaks(ecg):
     and against its surroundings, which keeps noise out of a pause. Any scale.
     """
     x = sosfiltfilt(QRS_BAND, ecg, padtype="even", padlen=min(ecg.shape[1] - 1, ECG_HZ))
-    slope = np.sqrt(uniform_filter1d(np.square(np.gradient(x, axis=1)).mean(0), round(0.12 * ECG_HZ)))
+    power = uniform_filter1d(np.square(np.gradient(x, axis=1)).mean(0), round(0.12 * ECG_HZ))
+    slope = np.sqrt(power.clip(0))      # the filter's running sum falls below 0 by rounding
     peaks = find_peaks(np.pad(slope, 1), distance=round(0.25 * ECG_HZ))[0] - 1      # refractory 0.25 s
     strongest = [part.max() for part in np.array_split(slope, max(1, len(slope) // round(1.5 * ECG_HZ)))]
     beat = max(np.median(strongest), 0.2 * slope.max())     # the median is no ectopic beat and no artefact

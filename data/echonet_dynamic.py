@@ -2,17 +2,29 @@
 
     python -m data.echonet_dynamic --src=EchoNet-Dynamic --out=datasets/echonet --size=112
 
---src holds FileList.csv and Videos/*.avi. Splits are the official ones; EF and volumes are the experts'.
+--src holds FileList.csv, VolumeTracings.csv and Videos/*.avi. Splits are the official ones; EF and volumes
+are the experts'. The two frames that they traced have masks.
+
+The set has no ECG. With --segmenter=FOLDER each clip gets one: an R peak at every end-diastole, which is the
+traced one and the others that the segmenter's LV area shows, and ECGSYN waves around them (data/phantom.py),
+whose shape says nothing of the EF unless --ecg_ef asks for it. meta.json marks it "synthetic".
 """
 import csv
 import os
 import sys
-from collections import Counter
+import zlib
+from collections import Counter, defaultdict
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
+import numpy as np
+from PIL import Image, ImageDraw
+
+from data.clips import LEADS, UNTRACED
 from data.flags import UserError, parse_flags, run_main
+from data.heart import cardiac_cycle, disk_volume, load_segmenter, masks_of
+from data.phantom import MARGIN_S, ecg_of_beats
 from data.prepare import prepare
 from data.webvid import read_video
 
@@ -24,32 +36,84 @@ class EchonetConfig:
     size: int = 112             # height and width in pixels
     channels: int = 1           # 1 = grey, 3 = colour
     least: int = 11             # a video with fewer frames is left out
-    seed: int = 0               # nothing is drawn: the splits are the official ones
+    segmenter: str = ""         # a folder with a segmenter.pt, or a TorchScript file: gives each clip an ECG
+    ecg_ef: bool = False        # let the ECG show the EF
+    seed: int = 0               # of the ECGs; the splits are the official ones
     workers: int = 0            # processes; 0: one a core
 
 
-COLUMNS = ("FileName", "EF", "ESV", "EDV", "FPS", "NumberOfFrames", "Split")
+FILES = ("FileName", "EF", "ESV", "EDV", "FPS", "NumberOfFrames", "Split")
+CHORD = ("X1", "Y1", "X2", "Y2")    # pixels of the videos, which are PIXELS high and wide
+PIXELS = 112
+SAME_BEAT_S = 0.3                   # an ED frame nearer to the traced one than this is of the same beat
 
 
-def file_list(src):
-    """Rows of FileList.csv as dicts; UserError where it is missing or has another layout."""
-    path = Path(src) / "FileList.csv"
+def read_table(path, columns):
+    """Rows of a csv as dicts; UserError where it is missing or has another layout."""
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; --src is EchoNet-Dynamic's folder") from None
-    missing = [name for name in COLUMNS if not rows or name not in rows[0]]
+    missing = [name for name in columns if not rows or name not in rows[0]]
     if missing:
         raise UserError(f"{path}: no column {missing[0]}" if rows else f"{path}: no row in it")
+    return rows
+
+
+def file_list(src):
+    """Rows of FileList.csv."""
+    path = Path(src) / "FileList.csv"
+    rows = read_table(path, FILES)
     twice = [name for name, many in Counter(row["FileName"] for row in rows).items() if many > 1]
     if twice:
         raise UserError(f"{path}: {twice[0]} is there twice")
     return rows
 
 
-def make_clip(row, src, size, channels, least):
-    """A row of FileList.csv -> the clip as Writer.add takes it."""
+def tracings(src):
+    """{video: {frame: chords}} of VolumeTracings.csv, each chord its CHORD; the first is the long axis."""
+    path, found = Path(src) / "VolumeTracings.csv", defaultdict(lambda: defaultdict(list))
+    if not path.exists():
+        print(f"no {path}: the set has no masks", file=sys.stderr)
+        return {}
+    try:
+        for row in read_table(path, ("FileName", "Frame", *CHORD)):
+            chord = [float(row[key]) for key in CHORD]
+            found[row["FileName"].removesuffix(".avi")][int(row["Frame"])].append(chord)
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: a row of {row['FileName']} has no numbers in it") from None
+    return {name: dict(frames) for name, frames in found.items()}
+
+
+def draw_masks(traced, frames, size):
+    """{frame: chords} -> masks (T, size, size) uint8, UNTRACED where there is none."""
+    masks = np.full((frames, size, size), UNTRACED, np.uint8)
+    for frame, chords in traced.items():
+        left, right = np.split(np.array(chords[1:]) * size / PIXELS, 2, axis=1)             # N 2 each
+        outline, mask = np.concatenate([left, right[::-1]]), Image.new("L", (size, size))
+        ImageDraw.Draw(mask).polygon([tuple(point) for point in outline], fill=1, outline=1)
+        masks[frame] = mask
+    return masks
+
+
+@lru_cache(1)
+def segmenter_once(path, channels):
+    return load_segmenter(path, channels)
+
+
+def end_diastoles(video, fps, segmenter, traced_ed):
+    """ED frames (n,) of a video by its LV area; the traced one stands for what is found of its beat."""
+    masks = np.concatenate(list(masks_of(segmenter, video)))
+    found = np.array(cardiac_cycle(masks.sum((1, 2)), disk_volume(masks), fps)["ed_frames"])
+    if traced_ed is None:
+        return found
+    return np.sort(np.append(found[np.abs(found - traced_ed) > SAME_BEAT_S * fps], traced_ed))
+
+
+def make_clip(job, src, size, channels, least, segmenter="", ecg_ef=False, seed=0, masked=True):
+    """(A row of FileList.csv, its tracings) -> the clip as Writer.add takes it."""
+    row, traced = job
     name = row["FileName"].removesuffix(".avi")
     try:
         ef, esv, edv, fps = (float(row[key]) for key in ("EF", "ESV", "EDV", "FPS"))
@@ -64,8 +128,22 @@ def make_clip(row, src, size, channels, least):
     video, _ = read_video(path, size, channels)
     if len(video) < max(least, stated):
         raise UserError(f"{path}: {len(video)} frames, FileList.csv says {stated}, --least={least}")
-    return dict(id=name, video=video, fps=fps, view="A4C", ef=ef, esv_ml=esv, edv_ml=edv,
+    clip = dict(id=name, video=video, fps=fps, view="A4C", ef=ef, esv_ml=esv, edv_ml=edv,
                 text=f"A4C view, EF {ef:.0f}")
+    if traced and not 0 <= min(traced) <= max(traced) < len(video):
+        raise UserError(f"{name}: VolumeTracings.csv has frame {max(traced)}, the video {len(video)} frames")
+    mask = draw_masks(traced, len(video), size)
+    if masked:
+        clip["mask"] = mask
+    if segmenter:
+        ed = max(traced, key=lambda k: mask[k].sum()) if traced else None
+        r_peaks = end_diastoles(video, fps, segmenter_once(segmenter, channels), ed) / fps
+        if not len(r_peaks):
+            raise UserError(f"{name}: no beat is seen in it, so no ECG can be made")
+        key = seed, zlib.crc32(name.encode())
+        clip |= dict(ecg=ecg_of_beats(key, r_peaks, len(video) / fps, ef if ecg_ef else None),
+                     ecg_offset_s=-MARGIN_S, r_peaks_s=[round(float(t), 3) for t in r_peaks])
+    return clip
 
 
 def main():
@@ -73,16 +151,20 @@ def main():
     print(config)
     if config.channels not in (1, 3) or min(config.size, config.least) < 1:
         raise UserError("channels is 1 or 3; size and least are 1 or more")
-    jobs = {"train": [], "val": [], "test": []}
+    if config.segmenter:        # before the work begins
+        load_segmenter(config.segmenter, config.channels)
+    jobs, traced = {"train": [], "val": [], "test": []}, tracings(config.src)
     for row in file_list(config.src):
         split = row["Split"].strip().lower()
         if split not in jobs:
             raise UserError(f"FileList.csv: split {row['Split']!r} of {row['FileName']}; TRAIN, VAL or TEST")
-        jobs[split].append(row)
+        jobs[split].append((row, traced.get(row["FileName"].removesuffix(".avi"), {})))
     meta = dict(name=os.path.basename(config.out.rstrip("/")), fps=None, height=config.size,
-                width=config.size, channels=config.channels, leads=[], source="echonet_dynamic",
+                width=config.size, channels=config.channels, source="echonet_dynamic",
+                leads=LEADS if config.segmenter else [], ecg="synthetic" if config.segmenter else "none",
                 command=" ".join(["data.echonet_dynamic", *sys.argv[1:]]))
-    how = {key: getattr(config, key) for key in ("src", "size", "channels", "least")}
+    keys = "src", "size", "channels", "least", "segmenter", "ecg_ef", "seed"
+    how = {key: getattr(config, key) for key in keys} | {"masked": bool(traced)}
     prepare(config.out, meta, jobs, partial(make_clip, **how), config.workers)
 
 

@@ -2,14 +2,16 @@
 
     video (B, C, T, H, W) in [0, 1]  ->  masks (B, T, H, W)  ->  area, volume (T,)  ->  ED and ES frames, EF
 
-Run it to train the U-Net on a set's masks; writes OUT/segmenter.pt, prints its Dice on the val split:
+Run it to train the U-Net on a set's masks, of all frames or of a few; writes OUT/segmenter.pt, prints its
+Dice on the val split (evaluate.py segmenter measures it on any other):
 
     python -m data.heart --data=datasets/phantom --weights=runs/demo --out=runs/demo
 """
 import math
 import time
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import chain, count
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from scipy.signal import find_peaks
 from torch import nn
 from tqdm import tqdm
 
-from data.clips import Clips, as_video, chosen
+from data.clips import UNTRACED, Clips, as_video, chosen
 from data.flags import UserError, parse_flags, run_main
 from data.measures import middle, ratio, smooth, swing
 from data.runs import Log, init_distributed, load_weights, model_config, save_weights, schedule
@@ -65,6 +67,36 @@ class Segmenter(nn.Module):
         return self.head(x)
 
 
+class Scripted(nn.Module):
+    """A TorchScript file in the U-Net's place: single frames (N, 3, H, W) in [0, 1], grey ones repeated, ->
+    logits (N, 1, H, W), or a dict that has them under "out" as torchvision's networks do."""
+
+    def __init__(self, path, channels):
+        super().__init__()
+        try:
+            self.net = torch.jit.load(path, map_location="cpu").eval()
+        except (RuntimeError, ValueError, OSError):
+            raise UserError(f"{path}: not a TorchScript file") from None
+        self.config = SegmenterConfig(channels=channels, context=0)
+        self.register_buffer("three", torch.ones(3, 1, 1))
+
+    def forward(self, x):
+        try:
+            y = self.net(x * self.three)
+            y = y["out"] if isinstance(y, dict) else y
+            return y.reshape(len(x), 1, *x.shape[-2:])
+        except (RuntimeError, KeyError, AttributeError) as error:
+            raise UserError(f"the TorchScript segmenter does not turn frames {len(x)} x 3 x {x.shape[-2]} x "
+                            f"{x.shape[-1]} into logits: {str(error).strip().splitlines()[-1]}") from None
+
+
+def load_segmenter(path, channels):
+    """The segmenter at `path`: a folder with a segmenter.pt, or a TorchScript file."""
+    folder = Path(path).is_dir()
+    return (load_weights(path, "segmenter", Segmenter, SegmenterConfig) if folder
+            else Scripted(path, channels)).eval()
+
+
 def largest_part(mask):
     """The largest connected region of a mask (H, W)."""
     parts, many = label(mask)
@@ -84,7 +116,7 @@ def segment(segmenter, video):
     B, C, T, H, W = video.shape
     if C != segmenter.config.channels:
         raise UserError(f"the segmenter takes {segmenter.config.channels} channels, the video has {C}")
-    device, k = next(segmenter.parameters()).device, segmenter.config.context
+    device, k = next(chain(segmenter.buffers(), segmenter.parameters())).device, segmenter.config.context
     masks = [(segmenter(in_context(clip[None], k).to(device)) > 0)[:, 0].cpu().numpy() for clip in video]
     return np.stack([[largest_part(m) for m in clip] for clip in masks]).astype(np.uint8)
 
@@ -174,19 +206,35 @@ class TrainConfig(SegmenterConfig):
 WINDOW = 11         # frames of a clip that are read together, where no tokenizer says how many
 
 
+def is_traced(mask):
+    """Which of the masks (T, H, W) of a clip are known: (T,) bool."""
+    return mask[:, 0, 0] != UNTRACED
+
+
 def random_frames(clips, config, step, tokenizer=None):
-    """Frames in_context and their masks (B, 1, H, W), a function of (seed, step).
+    """Traced frames in_context and their masks (B, 1, H, W), a function of (seed, step).
 
     Gain, gamma and blur vary, and half of the windows are as the tokenizer gives them back, so that true and
     generated video are measured alike.
     """
     rng, T = np.random.default_rng((config.seed, step)), tokenizer.config.frames if tokenizer else WINDOW
-    numbers = rng.integers(len(clips), size=max(1, config.batch // T)).tolist()
-    short = [clips[i]["id"] for i in numbers if clips[i]["frames"] < T]
-    if short:
-        raise UserError(f"clip {short[0]} has fewer than the {T} frames that are read together")
-    at = [(i, int(rng.integers(clips[i]["frames"] - T + 1))) for i in numbers]
-    video, mask = (np.stack([clips.per_frame(name, i, t, T) for i, t in at]) for name in ("video", "mask"))
+    videos, masks, known = [], [], []
+    for _ in range(100 * config.batch):     # a clip that is traced in two frames gives one or two, not T
+        i = int(rng.integers(len(clips)))
+        mask, frames = clips.per_frame("mask", i), clips[i]["frames"]
+        if frames < T:
+            raise UserError(f"clip {clips[i]['id']} has fewer than the {T} frames that are read together")
+        traced = np.flatnonzero(is_traced(mask))
+        if len(traced):
+            t = int(np.clip(rng.choice(traced) - rng.integers(T), 0, frames - T))
+            videos.append(clips.per_frame("video", i, t, T))
+            masks.append(mask[t:t + T])
+            known += is_traced(masks[-1]).tolist()
+        if sum(known) >= config.batch:
+            break
+    else:
+        raise UserError("hardly a frame of the set is traced")
+    video, mask = np.stack(videos), np.concatenate(masks)
     x = torch.from_numpy(video).permute(0, 4, 1, 2, 3) / 255                                # n C T H W
     if tokenizer:
         x[::2] = tokenizer.decode(tokenizer.encode(x[::2]))
@@ -194,18 +242,22 @@ def random_frames(clips, config, step, tokenizer=None):
     gain, gamma, soft = rng.uniform([.7, .7, 0], [1.3, 1.4, 1], (len(x), 3)).T.reshape(3, -1, 1, 1, 1, 1)
     x = x + soft * (gaussian_filter(x, 1.5, axes=(3, 4), mode="nearest") - x)
     x = torch.from_numpy((gain * x ** gamma).clip(0, 1)).float()
-    return in_context(x, config.context), torch.from_numpy(mask).flatten(0, 1)[:, None].float()
+    return in_context(x, config.context)[known], torch.from_numpy(mask[known])[:, None].float()
 
 
 def measure_segmenter(model, clips, numbers):
-    """Dice of the frames that have a ventricle; EF against that of the true masks, measured alike."""
+    """Dice of the traced frames that have a ventricle; EF against that of the true masks, measured alike, or
+    where few frames are traced against the set's own."""
     dice, found, drawn = [], [], []
     for i in tqdm(numbers, desc="val"):
         mask, fps = clips.per_frame("mask", i), clips[i]["fps"]                             # T H W
         guess = segment(model, as_video(clips.per_frame("video", i))[None])[0]
-        both, size = (mask * guess).sum((1, 2)), mask.sum((1, 2), dtype=float)
-        dice.append((2 * both / (size + guess.sum((1, 2)) + 1e-9))[size > 0])
-        ef = [cardiac_cycle(m.sum((1, 2)), disk_volume(m), fps)["ef"] for m in (guess, mask)]
+        known = is_traced(mask)
+        x, y = guess[known], mask[known]
+        size = y.sum((1, 2), dtype=float)
+        dice.append((2 * (x * y).sum((1, 2)) / (size + x.sum((1, 2)) + 1e-9))[size > 0])
+        ef = [cardiac_cycle(m.sum((1, 2)), disk_volume(m), fps)["ef"] for m in (guess, mask) if known.all()]
+        ef = ef or [cardiac_cycle(guess.sum((1, 2)), disk_volume(guess), fps)["ef"], clips[i]["ef"]]
         if ef[1] is not None:       # a heart that stands still has none
             found.append(ef[0]), drawn.append(ef[1])
     return {"dice": middle(np.concatenate(dice), np.mean), **ef_scores(found, drawn), "clips": len(numbers)}

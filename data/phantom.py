@@ -124,6 +124,22 @@ def make_ecg(seed, seconds, start=0.0, hr=None, rhythm="sinus", ef=None, noise=1
     return SimpleNamespace(ecg=ecg, r_peaks=r_peaks, beats=beats, signs=signs, ef=ef, hr=hr)
 
 
+def ecg_of_beats(seed, r_peaks, seconds, ef=None):
+    """An ECG (N, 12) in mV for a video of `seconds` that shows its R peaks at r_peaks (s), one or more: from
+    MARGIN_S before it to MARGIN_S behind it, where the beats go on at their median interval.
+
+    ef: points that the morphology shows; None = it says nothing of the EF.
+    """
+    rng, start, end = np.random.default_rng(seed), -MARGIN_S, seconds + MARGIN_S
+    rr0 = float(np.median(np.diff(r_peaks))) if len(r_peaks) > 1 else 0.85
+    before = np.arange(min(r_peaks[0] - rr0, 0), start - 2, -rr0)[::-1]
+    r = np.concatenate([before, r_peaks, np.arange(max(r_peaks[-1] + rr0, seconds), end + 2, rr0)])
+    rr, none = np.minimum(np.diff(r, prepend=r[0] - rr0), 1.15 * rr0), np.zeros(len(r), bool)
+    beats = SimpleNamespace(r=r, rr=rr, ectopic=none, p=~none, rr0=rr0, af=False)
+    time = start + np.arange(round((end - start) * ECG_HZ)) / ECG_HZ
+    return draw_ecg(rng, time, beats, draw_signs(rng, ef)[0], 1.0)
+
+
 # ---------------------------------------------------------------------------- the moving heart
 
 def smooth(x):
@@ -361,8 +377,8 @@ def numbered_clip(job, **how):
 
 
 def list_jobs(cfg):
-    """(name, seed, fps, view, heart rate or 0) of every clip by split. The split is part of the seed, so no clip
-    of one split can be in another; the clips with frames at a rate of their own come last."""
+    """(name, seed, fps, view, heart rate or 0) of every clip by split. The split is part of the seed, so no
+    clip of one split can be in another; the clips with frames at a rate of their own come last."""
     def draw(*key):
         return np.random.default_rng((cfg.seed, *key))
     def fps(s, i, n):
@@ -374,8 +390,8 @@ def list_jobs(cfg):
         share, rate = draw(s, i, 3).random(2)
         return 35 * 5 ** rate if s == 0 and share < cfg.any_hr else cfg.hr
     counts = dict(train=cfg.clips, val=cfg.val, test=cfg.test)
-    return {split: [(f"{split}{i:06d}", (cfg.seed, s, i), fps(s, i, n), view(s, i), hr(s, i)) for i in range(n)]
-            for s, (split, n) in enumerate(counts.items())}
+    return {split: [(f"{split}{i:06d}", (cfg.seed, s, i), fps(s, i, n), view(s, i), hr(s, i))
+                    for i in range(n)] for s, (split, n) in enumerate(counts.items())}
 
 
 def main():

@@ -2,7 +2,7 @@
 import imageio
 import numpy as np
 import torch
-from PIL import GifImagePlugin, Image
+from PIL import GifImagePlugin, Image, ImageDraw
 from torch.nn.functional import interpolate
 
 from data.flags import UserError
@@ -29,6 +29,20 @@ def load_image(path, size, channels):
     square = grey[None, None, (H - side) // 2:, (W - side) // 2:][..., :side, :side]
     first = interpolate(square, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
     return first.expand(1, channels, size, size)[:, :, None]
+
+
+def strip_curve(lead, height):
+    """Row of a strip, from its top, of each sample of an ECG lead (N,)."""
+    low, high = np.quantile(lead, [0.001, 0.999])
+    return height * (0.88 - 0.62 * np.clip((lead - low) / max(high - low, 1e-6), 0, 1))
+
+
+def film(frames, title, side):
+    """Frames (T, H, W, C) in [0, 1] in a row, uint8 (side, T side, 3), a title in the first one's corner."""
+    row = [Image.fromarray((255 * np.broadcast_to(frame, (*frame.shape[:2], 3))).round().astype(np.uint8))
+           .resize((side, side), Image.Resampling.BICUBIC) for frame in frames]
+    ImageDraw.Draw(row[0]).text((4, 2), title)
+    return np.concatenate([np.asarray(frame) for frame in row], axis=1)
 
 
 def draw_strip(now, seconds, time, curve, r_peaks, height, width):
