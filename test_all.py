@@ -670,7 +670,7 @@ def test_echonet_dynamic(echonet, tmp_path):
         for k in (3, 12):
             both, size = (mask[k] & true["mask"][k]).sum(), mask[k].sum() + true["mask"][k].sum()
             assert 2 * both / size > 0.9
-    x, y = heart.random_frames(clips, SimpleNamespace(seed=0, batch=9, context=2), 0)
+    x, y = heart.random_frames(clips, heart.TrainConfig(batch=9, augment=True), 0)
     assert len(x) == len(y) >= 9 and y.max() == 1 and y.mean() < 0.5
     assert heart.measure_segmenter(heart.Segmenter(heart.SegmenterConfig(width=8)), clips, [0])["dice"] < 1
     skipped = (tmp_path / "set/train/skipped.txt").read_text()

@@ -194,6 +194,8 @@ class TrainConfig(SegmenterConfig):
     data: str = "datasets/phantom"  # prepared data set with masks
     weights: str = ""           # folder with a tokenizer.pt: half of the frames go through it first
     out: str = "runs/demo"      # folder for segmenter.pt
+    init_from: str = ""         # start from the U-Net in this folder
+    augment: bool = False       # turn, shift and scale the windows: for a set of few clips
     steps: int = 0              # stop after so many steps; 0 = after --minutes
     minutes: float = 5          # stop after so many minutes of training
     batch: int = 44             # frames of one step
@@ -211,11 +213,21 @@ def is_traced(mask):
     return mask[:, 0, 0] != UNTRACED
 
 
+def moved(rng, x, mask):
+    """Windows x (n, C, T, H, W) and their masks (n, T, H, W), each turned, scaled and shifted at random."""
+    turn, scale, right, down = rng.normal(0, [[0.2], [0.15], [0.12], [0.12]], (4, len(x)))  # half pictures
+    cos, sin = np.exp(scale) * np.cos(turn), np.exp(scale) * np.sin(turn)
+    affine = torch.tensor(np.stack([cos, -sin, right, sin, cos, down], 1)).float().unflatten(1, (2, 3))
+    grid = F.affine_grid(affine, (len(x), 1, *x.shape[-2:]), align_corners=False)           # n H W 2
+    x = F.grid_sample(x.flatten(1, 2), grid, align_corners=False).view_as(x)
+    return x, F.grid_sample(mask, grid, mode="nearest", align_corners=False)
+
+
 def random_frames(clips, config, step, tokenizer=None):
     """Traced frames in_context and their masks (B, 1, H, W), a function of (seed, step).
 
-    Gain, gamma and blur vary, and half of the windows are as the tokenizer gives them back, so that true and
-    generated video are measured alike.
+    Gain, gamma and blur vary, with --augment also place and size, and half of the windows are as the tokenizer
+    gives them back, so that true and generated video are measured alike.
     """
     rng, T = np.random.default_rng((config.seed, step)), tokenizer.config.frames if tokenizer else WINDOW
     videos, masks, known = [], [], []
@@ -234,15 +246,17 @@ def random_frames(clips, config, step, tokenizer=None):
             break
     else:
         raise UserError("hardly a frame of the set is traced")
-    video, mask = np.stack(videos), np.concatenate(masks)
-    x = torch.from_numpy(video).permute(0, 4, 1, 2, 3) / 255                                # n C T H W
+    x = torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3) / 255                     # n C T H W
+    y = torch.from_numpy(np.stack(masks)).float()                                           # n T H W
+    if config.augment:
+        x, y = moved(rng, x, y)
     if tokenizer:
         x[::2] = tokenizer.decode(tokenizer.encode(x[::2]))
     x = x.numpy()
     gain, gamma, soft = rng.uniform([.7, .7, 0], [1.3, 1.4, 1], (len(x), 3)).T.reshape(3, -1, 1, 1, 1, 1)
     x = x + soft * (gaussian_filter(x, 1.5, axes=(3, 4), mode="nearest") - x)
     x = torch.from_numpy((gain * x ** gamma).clip(0, 1)).float()
-    return in_context(x, config.context)[known], torch.from_numpy(mask[known])[:, None].float()
+    return in_context(x, config.context)[known], y.flatten(0, 1)[known][:, None]
 
 
 def measure_segmenter(model, clips, numbers):
@@ -268,7 +282,9 @@ def main():
     device = init_distributed(config.seed)[0]
     train, val = (Clips(config.data, split) for split in ("train", "val"))
     shape = replace(model_config(config, SegmenterConfig), channels=train.meta["channels"])
-    model = Segmenter(shape).to(device)
+    model = load_weights(config.init_from, "segmenter", Segmenter, SegmenterConfig, shape) \
+        if config.init_from else Segmenter(shape)
+    model = model.to(device)
     tokenizer = load_weights(config.weights, "tokenizer", Tokenizer, TokenizerConfig).eval() \
         if config.weights else None
     print(f"{config}\n{parameter_count(model):.2f}M parameters, {len(train)} clips")
