@@ -680,6 +680,8 @@ def test_echonet_dynamic(echonet, tmp_path):
     refused("No such", call, echonet_dynamic.main, f"--src={tmp_path}", "--out=x")
     (tmp_path / "FileList.csv").write_text("FileName,EF\n0X1,50\n")
     refused("no column ESV", call, echonet_dynamic.main, f"--src={tmp_path}", "--out=x")
+    (tmp_path / "FileList.csv").write_text(",".join(echonet_dynamic.FILES) + 2 * "\n0X1,50,40,90,50,20,VAL")
+    refused("0X1 is there twice", call, echonet_dynamic.main, f"--src={tmp_path}", "--out=x")
     (tmp_path / "VolumeTracings.csv").write_text("FileName,X1,Y1,X2,Y2,Frame\n0X1,1,2,three,4,5\n")
     refused("row of 0X1", echonet_dynamic.tracings, tmp_path)
 
