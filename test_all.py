@@ -676,13 +676,14 @@ def test_echonet_dynamic(echonet, tmp_path):
     skipped = (tmp_path / "set/train/skipped.txt").read_text()
     assert all(reason in skipped for reason in ("EF 120", "0X4.avi: 20 frames", "0X5.avi: no such file"))
     row, traced = echonet_dynamic.file_list(echonet)[0], {99: echonet_dynamic.tracings(echonet)["0X0"][3]}
+    refused("fewer than two", echonet_dynamic.make_clip, (row, {3: [[1] * 4]}), echonet, 64, 1, 11)
     refused("has frame 99, the video 20 frames", echonet_dynamic.make_clip, (row, traced), echonet, 64, 1, 11)
     refused("No such", call, echonet_dynamic.main, f"--src={tmp_path}", "--out=x")
     (tmp_path / "FileList.csv").write_text("FileName,EF\n0X1,50\n")
     refused("no column ESV", call, echonet_dynamic.main, f"--src={tmp_path}", "--out=x")
     (tmp_path / "FileList.csv").write_text(",".join(echonet_dynamic.FILES) + 2 * "\n0X1,50,40,90,50,20,VAL")
     refused("0X1 is there twice", call, echonet_dynamic.main, f"--src={tmp_path}", "--out=x")
-    (tmp_path / "VolumeTracings.csv").write_text("FileName,X1,Y1,X2,Y2,Frame\n0X1,1,2,three,4,5\n")
+    (tmp_path / "VolumeTracings.csv").write_text("FileName,X1,Y1,X2,Y2,Frame\n0X1,1,2,nan,4,5\n")
     refused("row of 0X1", echonet_dynamic.tracings, tmp_path)
 
 

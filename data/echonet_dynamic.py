@@ -10,6 +10,7 @@ traced one and the others that the segmenter's LV area shows, and ECGSYN waves a
 whose shape says nothing of the EF unless --ecg_ef asks for it. meta.json marks it "synthetic".
 """
 import csv
+import math
 import os
 import sys
 import zlib
@@ -80,6 +81,8 @@ def tracings(src):
     try:
         for row in read_table(path, ("FileName", "Frame", *CHORD)):
             chord = [float(row[key]) for key in CHORD]
+            if not all(map(math.isfinite, chord)):
+                raise ValueError
             found[row["FileName"].removesuffix(".avi")][int(row["Frame"])].append(chord)
     except (TypeError, ValueError):
         raise UserError(f"{path}: a row of {row['FileName']} has no numbers in it") from None
@@ -132,6 +135,8 @@ def make_clip(job, src, size, channels, least, segmenter="", ecg_ef=False, seed=
                 text=f"A4C view, EF {ef:.0f}")
     if traced and not 0 <= min(traced) <= max(traced) < len(video):
         raise UserError(f"{name}: VolumeTracings.csv has frame {max(traced)}, the video {len(video)} frames")
+    if any(len(chords) < 3 for chords in traced.values()):
+        raise UserError(f"{name}: VolumeTracings.csv has an axis and fewer than two chords of it")
     mask = draw_masks(traced, len(video), size)
     if masked:
         clip["mask"] = mask
