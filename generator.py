@@ -301,7 +301,7 @@ def largest(rank, many):
 
 
 @torch.no_grad()
-def fill_in(generator, index, masked, cond, scorer="random", steps=8, guidance=1.0, guidance_end=0,
+def fill_in(generator, index, masked, cond, scorer="random", steps=4, guidance=1.0, guidance_end=0,
             temperature=1.0, noise=1.0, rng=None):
     """Masked parallel decoding (Chang et al. 2022): fills the masked places (B, T', h, w), equally many in
     every item; the other tokens never change.

@@ -48,7 +48,7 @@ class SampleConfig:
     fps: float = 25             # frames per second
     weights: str = "weights"    # folder with tokenizer.pt, ecg_encoder.pt, generator.pt, segmenter.pt
     out: str = "out"            # folder to write
-    steps: int = 8              # decoding steps of one window
+    steps: int = 4              # decoding steps of one window
     scorer: str = "random"      # who says which tokens to draw again: random, halton, confidence, critic
     guidance: float = 1.5       # classifier-free guidance; 1 = off
     guidance_end: float = 0     # its scale at a window's last step, linearly from the first; 0 = the same
