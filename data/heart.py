@@ -76,7 +76,7 @@ class Scripted(nn.Module):
         try:
             self.net = torch.jit.load(path, map_location="cpu").eval()
         except (RuntimeError, ValueError, OSError):
-            raise UserError(f"{path}: not a TorchScript file") from None
+            raise UserError(f"{path}: neither a folder of weights nor a TorchScript file") from None
         self.config = SegmenterConfig(channels=channels, context=0)
         self.register_buffer("three", torch.ones(3, 1, 1))
 
