@@ -452,6 +452,25 @@ def falls_short(key, value, target):
     return value is None or (value < target if best == math.inf else abs(value - best) > abs(target - best))
 
 
+def report(mode, config, device, targets):
+    """Measure, print, and write OUT/eval_MODE.json, whose content it returns."""
+    began, measured = time.time(), MODES[mode](config, device)
+    measured = {key: measured.get(key, math.nan) for key in FIGURES[mode].split()}
+    figures = {key: None if math.isnan(x) else x if isinstance(x, int) else float(f"{x:.6g}")
+               for key, x in measured.items()}
+    for key, value in figures.items():
+        target = f"   target {targets[key]:g}" if key in targets else ""
+        shown = f"{value:12.5g}" if value is not None else \
+            f"not computed (pass --{DETECTOR[key]}=...)" if key in DETECTOR else f"{'-':>12}"
+        print(f"  {key:<26}{shown}{target}")
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    about = asdict(config) | figures
+    about |= {"device": gpu, "commit": COMMIT, "seconds": round(time.time() - began, 1)}
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    (Path(config.out) / f"eval_{mode}.json").write_text(json.dumps(about, indent=1) + "\n")
+    return about
+
+
 def main():
     mode, *argv = sys.argv[1:] or [""]
     if {"--help", "-h"} & {mode, *argv}:
@@ -475,25 +494,6 @@ def main():
     for key, value in missed:
         print(f"{key} = {value} misses the target {targets[key]:g}", file=sys.stderr)
     return int(bool(missed))
-
-
-def report(mode, config, device, targets):
-    """Measure, print, and write OUT/eval_MODE.json, whose content it returns."""
-    began, measured = time.time(), MODES[mode](config, device)
-    measured = {key: measured.get(key, math.nan) for key in FIGURES[mode].split()}
-    figures = {key: None if math.isnan(x) else x if isinstance(x, int) else float(f"{x:.6g}")
-               for key, x in measured.items()}
-    for key, value in figures.items():
-        target = f"   target {targets[key]:g}" if key in targets else ""
-        shown = f"{value:12.5g}" if value is not None else \
-            f"not computed (pass --{DETECTOR[key]}=...)" if key in DETECTOR else f"{'-':>12}"
-        print(f"  {key:<26}{shown}{target}")
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    about = asdict(config) | figures
-    about |= {"device": gpu, "commit": COMMIT, "seconds": round(time.time() - began, 1)}
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    (Path(config.out) / f"eval_{mode}.json").write_text(json.dumps(about, indent=1) + "\n")
-    return about
 
 
 if __name__ == "__main__":
