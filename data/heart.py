@@ -226,8 +226,8 @@ def moved(rng, x, mask):
 def random_frames(clips, config, step, tokenizer=None):
     """Traced frames in_context and their masks (B, 1, H, W), a function of (seed, step).
 
-    Gain, gamma and blur vary, with --augment also place and size, and half of the windows are as the tokenizer
-    gives them back, so that true and generated video are measured alike.
+    Gain, gamma and blur vary, with --augment also place and size, and half of the windows are as the
+    tokenizer gives them back, so that true and generated video are measured alike.
     """
     rng, T = np.random.default_rng((config.seed, step)), tokenizer.config.frames if tokenizer else WINDOW
     videos, masks, known = [], [], []
