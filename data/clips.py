@@ -31,7 +31,7 @@ COLUMNS = ("id", "start", "frames", "fps", "ecg_start", "ecg_samples", "ecg_offs
            "esv_ml", "text", "r_peaks_s")
 INTEGERS = ("start", "frames", "ecg_start", "ecg_samples")
 REALS = ("fps", "ecg_offset_s", "ef", "edv_ml", "esv_ml")
-UNTRACED = 255
+UNTRACED = 255      # all of a mask of a frame that nobody traced
 ARRAYS = {"video": np.uint8, "ecg": np.float32, "mask": np.uint8, "volume": np.float32}
 
 

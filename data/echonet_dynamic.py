@@ -32,7 +32,7 @@ from data.webvid import read_video
 
 @dataclass
 class EchonetConfig:
-    src: str = ""               # folder with FileList.csv and Videos/
+    src: str = ""               # folder with FileList.csv, VolumeTracings.csv, Videos/
     out: str = "datasets/echonet"  # folder to write
     size: int = 112             # height and width in pixels
     channels: int = 1           # 1 = grey, 3 = colour
