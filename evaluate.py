@@ -8,6 +8,7 @@
     python evaluate.py segmenter --data=datasets/NAME --segmenter=runs/NAME             # Dice and EF
     python evaluate.py sync --data=datasets/phantom --weights=runs/demo --num=64        # the synchrony test
     python evaluate.py drift --weights=runs/demo --frames=2000                          # a long video
+    python evaluate.py speed --weights=runs/demo                            # seconds and FLOPs of a video
 
 Prints a table and writes OUT/eval_MODE.json. --target_KEY=x (--target_ssim=.8, --target_shift_ms=160) makes a
 figure a check: exit code 1 where it is farther from its best value than x is. Area and volume curves come
@@ -40,11 +41,12 @@ from data.measures import edge_energy, middle, rate_distortion_bound, ratio, ssi
 from data.phantom import make_ecg
 from data.picture import SCROLL_S, draw_strip, film, strip_curve
 from data.runs import COMMIT, init_distributed, load_weights
+from data.speed import clock, flops, matmul_rate, measure_parts, peak_memory
 from data.synchrony import (SHIFT_S, beat_figures, ef_figures, flat_figures, hidden_figures, in_middle,
                             own_figures, shift_figures, swap_figures)
 from data.tables import markdown
 from generator import ENCODERS, Generator, GeneratorConfig, check_fits, check_scorer, stream_video
-from tokenizer import Tokenizer, TokenizerConfig, code_use, index_counts, patchify
+from tokenizer import Tokenizer, TokenizerConfig, code_use, index_counts, parameter_count, patchify
 
 
 @dataclass
@@ -54,7 +56,7 @@ class EvalConfig:
     out: str = "out"                # folder for eval_MODE.json
     segmenter: str = ""             # another one than the weights': a folder, or a TorchScript file
     split: str = "test"             # split that is measured
-    num: int = 0                    # clips, drawn by --seed; 0 = all of the split
+    num: int = 0                    # clips, drawn by --seed; 0 = all of the split (drift 8, speed 1 video)
     frames: int = 64                # sync, ef: frames of a clip, from its first one on
     first: bool = True              # sync, ef: its first frame is given; 0 = from the ECG alone
     conditions: str = "shifted,flat,swapped,hidden"  # sync: what becomes of the ECG
@@ -77,6 +79,8 @@ class EvalConfig:
 # The figures of each mode; the best value of each, where it is not 0, gives its --target_KEY a direction
 EF = "ef_r2 ef_mae ef_rmse ef_r2_true ef_mae_true ef_rmse_true"
 EF_DECODED = "ef_r2_decoded ef_mae_decoded ef_rmse_decoded"
+PARTS = "video", "tokenizer_encode", "tokenizer_decode", "encoder", "generator"     # timed by mode "speed"
+COSTS = "seconds", "gflop", "share_of_matmul"
 OWN = "area_r_median area_r_mean ed_error_ms_median ed_error_ms_p95 beats_found extra_beats swing drift"
 FIGURES = {"reconstruction": "mse mae psnr ssim sharpness codes_used codebook_perplexity sector_perplexity "
                              "rd_bound_mse windows clips",
@@ -84,16 +88,20 @@ FIGURES = {"reconstruction": "mse mae psnr ssim sharpness codes_used codebook_pe
                     ("ed_error_ms_median", "ed_error_ms_p95", "beats_found", "extra_beats")) + " clips",
            "segmenter": "dice ef_r2 ef_mae ef_rmse clips",
            "figure": "rows frames",
+           "speed": " ".join(f"{part}_{key}" for part in PARTS for key in COSTS)
+                    + " matmul_gflop_per_s parameters_m peak_memory_mb frames",
            "generation": "ssim lpips fid kid fvd clips frames_compared",
            "ef": f"{EF} {EF_DECODED} {OWN} diversity clips clips_excluded",
            "sync": f"{OWN} ed_error_ms_median_video beats_found_video shift_ms flat_swing flat_swing_settled "
                    "flat_drift swap_follows_donor swap_r_donor swap_r_own hidden_r_visible hidden_r_unseen "
                    f"hidden_swing {EF} clips clips_excluded"}
 BEST = {"shift_ms": 200}
-BEST |= dict.fromkeys("psnr codes_used codebook_perplexity sector_perplexity windows clips".split(), math.inf)
+BEST |= dict.fromkeys("psnr codes_used codebook_perplexity sector_perplexity windows clips "
+                      "matmul_gflop_per_s".split(), math.inf)
 BEST |= dict.fromkeys("dice ssim sharpness ef_r2 ef_r2_true ef_r2_decoded area_r_median area_r_mean "
                       "beats_found beats_found_video flat_drift hidden_r_visible hidden_r_unseen "
-                      "hidden_swing swap_follows_donor swap_r_donor swing drift diversity".split(), 1)
+                      "hidden_swing swap_follows_donor swap_r_donor swing drift diversity".split()
+                      + [f"{part}_share_of_matmul" for part in PARTS], 1)
 
 
 # ---------------------------------------------------------------------------- reading the set
@@ -389,10 +397,18 @@ def sync(config, device):
     return found
 
 
-# ---------------------------------------------------------------------------- a long video
+# ---------------------------------------------------------------------------- videos from built-in ECGs
 
 ENDS_S = 10         # so many seconds at the start of a long video are compared with as many at its end
-FPS = 25            # of it
+FPS = 25            # of them
+
+
+def built_in(config, margin, many):
+    """The traces of `many` built-in ECGs, and what stream_video is to be told for a video of each."""
+    seconds = config.frames / FPS + 2 * margin
+    traces = [make_ecg(config.seed + i, seconds, -margin) for i in range(many)]
+    return traces, dict(ecg=np.stack([clean_ecg(t.ecg.T) for t in traces]), leads=range(len(LEADS)),
+                        ecg_start=-margin, frames=config.frames, fps=FPS, seed=config.seed)
 
 
 @torch.no_grad()
@@ -403,11 +419,9 @@ def drift(config, device):
     those of the first, medians; beats found and |ED - R| in both.
     """
     stream, _, segmenter, margin = sampler(config, device)
-    seconds = config.frames / FPS + 2 * margin
-    traces = [make_ecg(config.seed + i, seconds, -margin) for i in range(config.num or 8)]
-    chunks = stream(ecg=np.stack([clean_ecg(t.ecg.T) for t in traces]), leads=range(len(LEADS)),
-                    ecg_start=-margin, frames=config.frames, fps=FPS, seed=config.seed)
-    video = torch.cat([(255 * x).byte().cpu() for x in tqdm(chunks, desc="windows")], dim=2)    # B C T H W
+    traces, told = built_in(config, margin, config.num or 8)
+    chunks = tqdm(stream(**told), desc="windows")
+    video = torch.cat([(255 * x).byte().cpu() for x in chunks], dim=2)                      # B C T H W
     n = min(ENDS_S * FPS, config.frames // 2)
     sums, found = defaultdict(list), {}
     for end, part in (("first", slice(0, n)), ("last", slice(config.frames - n, None))):
@@ -424,10 +438,31 @@ def drift(config, device):
     return dict(zip(("grey", "contrast", "area"), ratios)) | found | {"clips": len(traces)}
 
 
+@torch.no_grad()
+def speed(config, device):
+    """A video of --frames from a built-in ECG alone, --num at a time (0 = 1), and the parts of it: seconds,
+    GFLOP, share of the machine's matmul rate. The FLOPs are counted in a video before, which is not timed."""
+    stream, _, _, margin = sampler(config, device)
+    tokenizer, encoder, generator = stream.args
+    told = built_in(config, margin, config.num or 1)[1]
+    whole = SimpleNamespace(run=lambda: [*stream(**told)])
+    methods = ((whole, "run"), (tokenizer, "encode"), (tokenizer, "decode"), (encoder, "forward"),
+               (generator, "propose"))
+    work, seconds = (measure_parts(dict(zip(PARTS, methods)), lambda: whole.run(), meter)
+                     for meter in (flops, partial(clock, device)))
+    rate = matmul_rate(device)
+    found = {"matmul_gflop_per_s": rate / 1e9, "parameters_m": sum(map(parameter_count, stream.args)),
+             "peak_memory_mb": peak_memory(device) / 1e6, "frames": config.frames}
+    for part in PARTS:
+        costs = seconds[part], work[part] / 1e9, work[part] / seconds[part] / rate
+        found |= {f"{part}_{key}": x for key, x in zip(COSTS, costs)}
+    return found
+
+
 # ---------------------------------------------------------------------------- command line
 
 MODES = {"reconstruction": reconstruction, "generation": generation, "ef": ejection_fraction, "sync": sync,
-         "drift": drift, "segmenter": segmenter_figures, "figure": figure}
+         "drift": drift, "segmenter": segmenter_figures, "figure": figure, "speed": speed}
 TABLES = "reconstruction", "generation", "ef"       # the modes that mode "tables" runs
 DETECTOR = {"fid": "inception", "kid": "inception", "fvd": "i3d", "lpips": "vgg"}
 

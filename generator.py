@@ -20,6 +20,7 @@ from torch import nn
 
 from data.clips import ECG_HZ, LEADS, cut_ecg
 from data.flags import UserError, parse_flags, run_main
+from data.runs import bfloat16
 from data.text import TextConfig, TextEncoder
 from ecg_encoder import EcgConfig, EcgEncoder
 from tokenizer import Block, index_to_bits, parameter_count
@@ -348,7 +349,6 @@ def stream_video(tokenizer, encoder, generator, ecg, leads, ecg_start, frames, f
     window = tokenizer.config.frames
     fps_b, leads = torch.full((B,), float(fps), device=device), torch.as_tensor(leads, device=device)
     hidden = np.zeros(ecg.shape[-1], bool) if hidden is None else hidden
-    fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()      # bfloat16 is, there
     known, begin, done = first, 0, 0        # frames that the window knows, its first frame, frames yielded
     anchor, near = None, round((-c.ecg_before - ecg_start) * ECG_HZ)
     near = torch.from_numpy(cut_ecg(ecg * ~hidden, near, generator.local_in.in_features)).to(device)
@@ -362,7 +362,7 @@ def stream_video(tokenizer, encoder, generator, ecg, leads, ecg_start, frames, f
         if known is not None:
             prefix = tokenizer.encode(known)
             index[:, :prefix.shape[1]], masked[:, :prefix.shape[1]] = prefix, False
-        with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+        with bfloat16(device):
             cond = condition(c, encoder, told, None, (unseen > 0).expand(B, -1), anchor)
             index = fill_in(generator, index, masked, cond, rng=rng, **how)
         anchor = anchor if done else index[:, 0]

@@ -22,7 +22,8 @@ import evaluate
 import sample
 import train_generator
 import train_tokenizer
-from data import camus, dicom, echonet_dynamic, frechet, heart, measures, paired, runs, short_axis, webvid
+from data import (camus, dicom, echonet_dynamic, frechet, heart, measures, paired, runs, short_axis, speed,
+                  webvid)
 from data.clips import LEADS, Clips, RandomWindows, as_video, batches, cut_ecg, vary_video
 from data.ecg import clean_ecg, find_r_peaks, redraw_ecg
 from data.ecg_files import read_ecg
@@ -1084,6 +1085,7 @@ def test_measures():
     ("segmenter", "clips=2", "clips=3", "dice ef_r2 ef_mae ef_rmse"),
     ("figure", "rows=9", "rows=1", "frames"),
     ("drift", "clips=2", "clips=3", "grey contrast area beats_found_first ed_error_ms_median_last"),
+    ("speed", "parameters_m=9", "parameters_m=0", "video_seconds generator_gflop encoder_share_of_matmul"),
     ("ef", "clips=2", "clips=3", "ef_r2 ef_mae ef_rmse ef_r2_true ef_mae_true ef_mae_decoded diversity"),
     ("sync", "clips=2", "clips=3", "area_r_median ed_error_ms_median ed_error_ms_p95 beats_found extra_beats "
                                    "shift_ms flat_swing hidden_swing hidden_r_visible clips device weights")])
@@ -1143,6 +1145,29 @@ def test_frechet(phantom, weights, tmp_path, capsys):
     tables = (tmp_path / "tables.md").read_text()
     assert "| ECHOPulse, quoted | 0.85 | 2.5 | 2.9 |" in tables
     assert "| measured here, 1 clips | not computed | not computed | 0." in tables
+
+
+def test_flops_of_the_parts():
+    """Attention that is not counted, on a CPU; a part that goes on being measured."""
+    layer, q, x = torch.nn.Linear(8, 3), torch.randn(1, 1, 5, 8), torch.randn(5, 8)
+    def run():
+        layer(x)
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        layer(x)
+    whole = SimpleNamespace(run=run)
+    parts = {"whole": (whole, "run"), "layer": (layer, "forward")}
+    with torch.no_grad():
+        work = speed.measure_parts(parts, lambda: whole.run(), speed.flops)
+    linear, attention = 2 * 5 * 8 * 3, 2 * 2 * 5 * 5 * 8
+    assert work == {"layer": 2 * linear, "whole": 2 * linear + attention} and whole.run is run
+
+
+def test_bfloat16_only_where_it_is_fast(monkeypatch):
+    """A CPU without AMX that computes in bfloat16: a hundredth of the speed of float32."""
+    for amx, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+        with runs.bfloat16(torch.device("cpu")):
+            assert torch.nn.Linear(4, 4)(torch.ones(4)).dtype == expected
 
 
 def test_shipped_tokens_and_size():

@@ -27,8 +27,8 @@ import generator
 from data.clips import Clips, RandomWindows, batches, vary_contrast
 from data.ecg import clean_ecg, redraw_ecg
 from data.flags import parse_flags, run_main
-from data.runs import (Log, all_mean, check_out, check_same, ema_update, init_distributed, load_state,
-                       load_weights, model_config, save_state, save_weights, schedule, update)
+from data.runs import (Log, all_mean, bfloat16, check_out, check_same, ema_update, init_distributed,
+                       load_state, load_weights, model_config, save_state, save_weights, schedule, update)
 from data.text import TextConfig, TextEncoder
 from generator import ENCODERS, Generator, GeneratorConfig, check_fits, condition, masked_share
 from tokenizer import Tokenizer, TokenizerConfig, parameter_count
@@ -62,7 +62,7 @@ class TrainConfig(GeneratorConfig):
     fade_share: float = 0.50        # prefixes of another brightness than the anchor, which has the true one
     freeze_encoder: bool = False    # leave the ECG encoder as it is
     critic_weight: float = 1.0      # Eq. 10, where there is a --critic
-    bf16: bool = True               # autocast to bfloat16
+    bf16: bool = True               # autocast to bfloat16, on a GPU or a CPU with AMX
     compile: bool = False           # torch.compile
     workers: int = 0                # data loading processes
     log_every: int = 20             # steps between two lines of the log
@@ -293,7 +293,7 @@ def main():
         # accumulate
         for _ in range(config.accumulate):
             batch = to_device(log.wait(loader), device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            with bfloat16(device, config.bf16):
                 index = tokenizer.encode(batch["video"])                                    # B T' h w
                 u = draws(batch["noise"], T * N)
                 masked, known = choose_masked(config, u["masked"], T, N)

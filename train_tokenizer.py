@@ -25,7 +25,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 import tokenizer
 from data.clips import Clips, RandomWindows, batches, vary_video
 from data.flags import UserError, parse_flags, run_main
-from data.runs import (Log, all_mean, average, check_out, ema_update, init_distributed, load_state,
+from data.runs import (Log, all_mean, bfloat16, average, check_out, ema_update, init_distributed, load_state,
                        load_weights, model_config, read_file, save_state, save_weights, schedule, update)
 from tokenizer import (Tokenizer, TokenizerConfig, adapters, add_lora, code_use, index_counts, merge,
                        parameter_count)
@@ -59,7 +59,7 @@ class TrainConfig(TokenizerConfig):
     gan_cap: float = 1e4            # Eq. 6: and at most so large
     lecam_weight: float = 0.01      # regularisation of the discriminator
     augment: bool = False           # move, flip and brighten the windows at random, for a small set
-    bf16: bool = True               # autocast to bfloat16
+    bf16: bool = True               # autocast to bfloat16, on a GPU or a CPU with AMX
     compile: bool = False           # torch.compile
     workers: int = 0                # data loading processes
     log_every: int = 20             # steps between two lines of the log
@@ -283,7 +283,7 @@ def main():
             batch = log.wait(loader)
             video = batch["video"].to(device, non_blocking=True)
             frame = (batch["noise"][:, 0].to(device) * config.frames).long()
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            with bfloat16(device, config.bf16):
                 reconstruction, index, lfq = model(video)
                 loss, values = reconstruction_loss(config, video, reconstruction, vgg16, frame)
                 if adversary := discriminator if done >= config.gan_warmup else None:

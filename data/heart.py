@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data.clips import UNTRACED, Clips, as_video, chosen
 from data.flags import UserError, parse_flags, run_main
 from data.measures import middle, ratio, smooth, swing
-from data.runs import Log, init_distributed, load_weights, model_config, save_weights, schedule
+from data.runs import Log, bfloat16, init_distributed, load_weights, model_config, save_weights, schedule
 from tokenizer import Tokenizer, TokenizerConfig, parameter_count
 
 
@@ -296,7 +296,7 @@ def main():
             break
         optimizer.param_groups[0]["lr"] = lr
         x, y = (v.to(device) for v in random_frames(train, config, step, tokenizer))
-        with torch.autocast(device.type, torch.bfloat16):
+        with bfloat16(device):
             logits = model(x)
         logits = logits.float()
         p = torch.sigmoid(logits)

@@ -34,6 +34,12 @@ def init_distributed(seed):
     return device, rank, world
 
 
+def bfloat16(device, wanted=True):
+    """Autocast to bfloat16 where that is fast, on a GPU or a CPU with AMX; elsewhere it would be slow."""
+    fast = device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and fast)
+
+
 def average(tensor):
     """Mean over ranks, in place."""
     if dist.is_initialized():
