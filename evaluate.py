@@ -445,17 +445,14 @@ def speed(config, device):
     stream, _, _, margin = sampler(config, device)
     tokenizer, encoder, generator = stream.args
     told = built_in(config, margin, config.num or 1)[1]
-    whole = SimpleNamespace(run=lambda: [*stream(**told)])
-    methods = ((whole, "run"), (tokenizer, "encode"), (tokenizer, "decode"), (encoder, "forward"),
-               (generator, "propose"))
-    work, seconds = (measure_parts(dict(zip(PARTS, methods)), lambda: whole.run(), meter)
+    methods = (tokenizer, "encode"), (tokenizer, "decode"), (encoder, "forward"), (generator, "propose")
+    work, seconds = (measure_parts(lambda: [*stream(**told)], methods, meter)
                      for meter in (flops, partial(clock, device)))
     rate = matmul_rate(device)
     found = {"matmul_gflop_per_s": rate / 1e9, "parameters_m": sum(map(parameter_count, stream.args)),
              "peak_memory_mb": peak_memory(device) / 1e6, "frames": config.frames}
-    for part in PARTS:
-        costs = seconds[part], work[part] / 1e9, work[part] / seconds[part] / rate
-        found |= {f"{part}_{key}": x for key, x in zip(COSTS, costs)}
+    for part, flop, s in zip(PARTS, work, seconds):
+        found |= {f"{part}_{key}": x for key, x in zip(COSTS, (s, flop / 1e9, ratio(flop, s * rate)))}
     return found
 
 

@@ -40,24 +40,24 @@ def flops():
         yield counter.get_total_flops
 
 
-def measure_parts(parts, run, meter):
-    """What run() costs by its parts: {name: (object, method)} -> {name: sum over the calls of that method},
-    each call inside meter(), which is clock or flops."""
-    sums = dict.fromkeys(parts, 0)
+def measure_parts(run, methods, meter):
+    """What run() costs, and what of it all calls of each of the `methods`, (object, name): a list, the
+    whole first. The meter is flops or clock."""
+    costs = [0] * (1 + len(methods))
 
-    def metered(name, method):
+    def metered(k, function):
         def call(*args, **kwargs):
             with meter() as read:
-                result = method(*args, **kwargs)
-            sums[name] += read()
+                result = function(*args, **kwargs)
+            costs[k] += read()
             return result
         return call
 
     with ExitStack() as stack:
-        for name, (part, method) in parts.items():
-            stack.enter_context(patch.object(part, method, metered(name, getattr(part, method))))
-        run()
-    return sums
+        for k, (part, name) in enumerate(methods, 1):
+            stack.enter_context(patch.object(part, name, metered(k, getattr(part, name))))
+        metered(0, run)()
+    return costs
 
 
 @torch.no_grad()
