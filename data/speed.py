@@ -3,6 +3,7 @@
     python evaluate.py speed --frames=64 --weights=weights      # one video, from an ECG alone
 """
 import math
+import sys
 import time
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
@@ -83,4 +84,5 @@ def peak_memory(device):
         import resource
     except ImportError:
         return math.nan
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
