@@ -165,7 +165,7 @@ class MaskedAutoencoder(nn.Module):
 
 @dataclass
 class TrainConfig(EcgConfig):
-    data: str = "datasets/phantom"  # prepared data set
+    data: str = "datasets/phantom"  # prepared data set; of several, A,B, each is drawn as often
     out: str = "runs/ecg"       # folder for weights, state and log
     resume: bool = False        # go on from OUT's saved state
     steps: int = 0              # stop after so many steps; 0 = after --minutes

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import generator
-from data.clips import Clips, RandomWindows, batches, vary_contrast
+from data.clips import Clips, RandomWindows, batches, vary_view
 from data.ecg import clean_ecg, redraw_ecg
 from data.flags import parse_flags, run_main
 from data.runs import (Log, all_mean, bfloat16, check_out, check_same, ema_update, init_distributed,
@@ -36,7 +36,7 @@ from tokenizer import Tokenizer, TokenizerConfig, parameter_count
 
 @dataclass
 class TrainConfig(GeneratorConfig):
-    data: str = "datasets/phantom"  # prepared data set
+    data: str = "datasets/phantom"  # prepared data set; of several, A,B, each is drawn as often
     weights: str = "runs/demo"      # folder with tokenizer.pt and ecg_encoder.pt
     out: str = "runs/demo"          # folder for weights, state and log
     init_from: str = ""             # start from the generator in this folder
@@ -55,7 +55,7 @@ class TrainConfig(GeneratorConfig):
     prefix_share: float = 0.50      # clips with two or more known latent frames; the rest know the first
     drop_ecg: float = 0.10          # clips whose ECG (or text) is replaced by the null context
     drop_phrase: float = 0.15       # phrases of a text that are left out
-    augment: bool = False           # change the contrast of each clip by up to a fifth
+    augment: bool = False           # vary the contrast of each window; turn, scale and shift it
     redraw_share: float = 0.40      # clips whose ECG is drawn as by another recorder
     hide_share: float = 0.20        # clips with a span of the ECG hidden
     anchor_share: float = 0.90      # clips with a prefix that also see an anchor, another frame of the video
@@ -243,7 +243,7 @@ def main():
                                 tokenizer.config.channels, anchor=(config.ecg_before, config.ecg_after),
                                 text=left_out if text else None, vary_video=contrast)
                   for split, vary, left_out, contrast in (
-                      ("train", vary, config.drop_phrase, vary_contrast if config.augment else None),
+                      ("train", vary, config.drop_phrase, vary_view if config.augment else None),
                       ("val", None, 0, None)))
 
     # ---- model

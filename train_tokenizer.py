@@ -33,7 +33,7 @@ from tokenizer import (Tokenizer, TokenizerConfig, adapters, add_lora, code_use,
 
 @dataclass
 class TrainConfig(TokenizerConfig):
-    data: str = "datasets/phantom"  # prepared data set
+    data: str = "datasets/phantom"  # prepared data set; of several, A,B, each is drawn as often
     out: str = "runs/tokenizer"     # folder for weights, state and log
     init_from: str = ""             # start from the weights in this folder
     lora_rank: int = 0              # train adapters of this rank on those weights; 0 = train all weights

@@ -16,11 +16,12 @@ import json
 import math
 import mmap
 import re
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from data.flags import UserError
@@ -38,8 +39,8 @@ ARRAYS = {"video": np.uint8, "ecg": np.float32, "mask": np.uint8, "volume": np.f
 class Shard:
     """One SPLIT folder: the columns of clips.csv as lists and arrays, its arrays memory-mapped."""
 
-    def __init__(self, folder, meta):
-        self.folder, self.meta = folder, meta
+    def __init__(self, folder):
+        self.folder = folder
         self.columns = self.read_table(folder / "clips.csv")
         self.arrays = {name: self.open(name) for name in ARRAYS if (folder / f"{name}.npy").exists()}
         if "video" not in self.arrays:
@@ -90,28 +91,45 @@ class Shard:
         return np.array(array[first:first + many])
 
 
+def open_set(folder, split):
+    """meta.json of a prepared set, and the shards that it has of a split: none where it lacks the split."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/meta.json: {getattr(error, 'strerror', None) or 'damaged'}; --data is"
+                        " a folder made by a data module, such as python -m data.phantom") from None
+    found = [f for f in sorted(folder.glob(f"{split}*")) if re.fullmatch(rf"{split}(-\d+)?", f.name)]
+    return meta, [Shard(f) for f in found if (f / "clips.csv").exists()]
+
+
 class Clips:
-    """A split of a prepared set, its shards taken as one; only the clip asked for is read from disk.
+    """A split of a prepared set, or of several ("A,B"), all shards taken as one; only the clip asked for is
+    read from disk.
 
     clips[i] is {column: value}; video, mask, volume and ecg return arrays (ecg as (L, N) in mV).
     """
 
-    def __init__(self, folder, split):
-        folder = Path(folder)
-        try:
-            self.meta = json.loads((folder / "meta.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}/meta.json: {getattr(error, 'strerror', None) or 'damaged'}; --data is"
-                            " a folder made by a data module, such as python -m data.phantom") from None
-        found = [f for f in sorted(folder.glob(f"{split}*")) if re.fullmatch(rf"{split}(-\d+)?", f.name)]
-        self.shards = [Shard(f, self.meta) for f in found if (f / "clips.csv").exists()]
+    def __init__(self, folders, split):
+        folders = [Path(folder) for folder in str(folders).split(",")]
+        metas, shards = zip(*(open_set(folder, split) for folder in folders))
+        self.meta, self.shards = metas[0], sum(shards, [])
+        for key, folder, meta in product(("height", "width", "channels", "leads"), folders, metas):
+            if meta.get(key) != self.meta.get(key):
+                raise UserError(f"{folders[0]} and {folder} have not the same {key}")
         if not self.shards:
-            raise UserError(f"{folder}: no split {split!r} in it")
+            raise UserError(f"{', '.join(map(str, folders))}: no split {split!r} in it")
         self.ends = np.cumsum([len(s.columns["id"]) for s in self.shards])
+        sizes = [sum(len(s.columns["id"]) for s in some) for some in shards]
+        self.sets = [range(end - size, end) for size, end in zip(sizes, np.cumsum(sizes)) if size]
         self.leads = self.meta.get("leads", [])
 
     def __len__(self):
         return int(self.ends[-1])
+
+    def draw(self, rng):
+        """A clip's number; of several sets each is drawn as often, whatever its size."""
+        numbers = self.sets[rng.integers(len(self.sets))]
+        return int(numbers[rng.integers(len(numbers))])
 
     def locate(self, i):
         k = int(np.searchsorted(self.ends, i, side="right"))
@@ -167,6 +185,21 @@ def vary_video(video, rng):
     return vary_contrast(video, rng)
 
 
+def moves(rng, many, size):
+    """Grids (n, H, W, 2) for F.grid_sample: each picture is turned, scaled and shifted at random."""
+    turn, scale, right, down = rng.normal(0, [[0.2], [0.15], [0.12], [0.12]], (4, many))    # half pictures
+    cos, sin = np.exp(scale) * np.cos(turn), np.exp(scale) * np.sin(turn)
+    affine = torch.tensor(np.stack([cos, -sin, right, sin, cos, down], 1)).float().unflatten(1, (2, 3))
+    return F.affine_grid(affine, (many, 1, *size), align_corners=False)
+
+
+def vary_view(video, rng):
+    """A window (T, H, W, C) uint8 of varied contrast, as one whole turned, scaled and shifted."""
+    x = torch.from_numpy(vary_contrast(video, rng)).permute(0, 3, 1, 2).float()             # T C H W
+    grid = moves(rng, 1, x.shape[-2:]).expand(len(x), -1, -1, -1)
+    return F.grid_sample(x, grid, align_corners=False).byte().permute(0, 2, 3, 1).numpy()
+
+
 class RandomWindows(Dataset):
     """Random windows of T frames, each with the ECG of its own time span and what lies around it.
 
@@ -199,7 +232,7 @@ class RandomWindows(Dataset):
 
     def __getitem__(self, n):
         rng = np.random.default_rng((self.seed, n))
-        i = int(rng.integers(len(self.clips)))
+        i = self.clips.draw(rng)
         row = self.clips[i]
         start = int(rng.integers(row["frames"] - self.frames + 1))
         video = self.clips.per_frame("video", i, start, self.frames)               # T H W C

@@ -21,7 +21,7 @@ from scipy.signal import find_peaks
 from torch import nn
 from tqdm import tqdm
 
-from data.clips import UNTRACED, Clips, as_video, chosen
+from data.clips import UNTRACED, Clips, as_video, chosen, moves
 from data.flags import UserError, parse_flags, run_main
 from data.measures import middle, ratio, smooth, swing
 from data.runs import Log, bfloat16, init_distributed, load_weights, model_config, save_weights, schedule
@@ -191,7 +191,7 @@ def ef_scores(found, target, suffix=""):
 
 @dataclass
 class TrainConfig(SegmenterConfig):
-    data: str = "datasets/phantom"  # prepared data set with masks
+    data: str = "datasets/phantom"  # prepared data set with masks, or several: A,B
     weights: str = ""           # folder with a tokenizer.pt: half of the frames go through it first
     out: str = "runs/demo"      # folder for segmenter.pt
     init_from: str = ""         # start from the U-Net in this folder
@@ -213,16 +213,6 @@ def is_traced(mask):
     return mask[:, 0, 0] != UNTRACED
 
 
-def moved(rng, x, mask):
-    """Windows x (n, C, T, H, W) and their masks (n, T, H, W), each turned, scaled and shifted at random."""
-    turn, scale, right, down = rng.normal(0, [[0.2], [0.15], [0.12], [0.12]], (4, len(x)))  # half pictures
-    cos, sin = np.exp(scale) * np.cos(turn), np.exp(scale) * np.sin(turn)
-    affine = torch.tensor(np.stack([cos, -sin, right, sin, cos, down], 1)).float().unflatten(1, (2, 3))
-    grid = F.affine_grid(affine, (len(x), 1, *x.shape[-2:]), align_corners=False)           # n H W 2
-    x = F.grid_sample(x.flatten(1, 2), grid, align_corners=False).view_as(x)
-    return x, F.grid_sample(mask, grid, mode="nearest", align_corners=False)
-
-
 def random_frames(clips, config, step, tokenizer=None):
     """Traced frames in_context and their masks (B, 1, H, W), a function of (seed, step).
 
@@ -232,7 +222,7 @@ def random_frames(clips, config, step, tokenizer=None):
     rng, T = np.random.default_rng((config.seed, step)), tokenizer.config.frames if tokenizer else WINDOW
     videos, masks, known = [], [], []
     for _ in range(100 * config.batch):     # a clip that is traced in two frames gives one or two, not T
-        i = int(rng.integers(len(clips)))
+        i = clips.draw(rng)
         mask, frames = clips.per_frame("mask", i), clips[i]["frames"]
         if frames < T:
             raise UserError(f"clip {clips[i]['id']} has fewer than the {T} frames that are read together")
@@ -249,7 +239,9 @@ def random_frames(clips, config, step, tokenizer=None):
     x = torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3) / 255                     # n C T H W
     y = torch.from_numpy(np.stack(masks)).float()                                           # n T H W
     if config.augment:
-        x, y = moved(rng, x, y)
+        grid = moves(rng, len(x), x.shape[-2:])                                             # n H W 2
+        x = F.grid_sample(x.flatten(1, 2), grid, align_corners=False).view_as(x)
+        y = F.grid_sample(y, grid, mode="nearest", align_corners=False)
     if tokenizer:
         x[::2] = tokenizer.decode(tokenizer.encode(x[::2]))
     x = x.numpy()
