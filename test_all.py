@@ -627,6 +627,7 @@ def test_several_sets(tmp_path):
     write("b", [7, 8], "val")
     val = Clips(f"{a},{b}", "val")
     assert len(val) == 2 and {val.draw(rng) for _ in range(20)} == {0, 1}
+    refused("has no ECG", RandomWindows, both, 4, 600)
     refused("not the same height", Clips, f"{a},{write('c', [1], height=9)}", "train")
 
 
@@ -722,7 +723,7 @@ class Bright(torch.nn.Module):
 
 def test_ecg_for_echonet(tmp_path):
     """R peaks that are not where the ventricle is largest, or not where the experts traced ED; a TorchScript
-    segmenter that is not asked; an ECG for a heart that stands still."""
+    segmenter that is not asked, or asked where all is traced; an ECG for a heart that stands still."""
     (tmp_path / "Videos").mkdir()
     y, x = np.mgrid[:112, :112] - 56
     table, beats = ["FileName,EF,ESV,EDV,FPS,NumberOfFrames,Split"], 0.3 + 0.8 * np.arange(3)
@@ -743,6 +744,11 @@ def test_ecg_for_echonet(tmp_path):
     assert clips.meta["ecg"] == "synthetic" and len(clips) == 1
     assert found[(found > 0) & (found < 2.2)] == pytest.approx(beats, abs=0.03)
     assert "no beat is seen" in (tmp_path / "set/train/skipped.txt").read_text()
+    half = 20 + 8 * np.cos(2 * np.pi * 1.25 * (np.arange(110) / 50 - 0.5))      # the experts saw it beat
+    traced = {k: [[56, 20, 56, 90], *([56 - w, y, 56 + w, y] for y in (20, 90))] for k, w in enumerate(half)}
+    row, net = echonet_dynamic.file_list(tmp_path)[1], str(tmp_path / "net.pt")
+    clip = echonet_dynamic.make_clip((row, traced), tmp_path, 64, 1, 11, net)
+    assert clip["r_peaks_s"] == pytest.approx([0.5, 1.3], abs=0.03)
     refused("TorchScript", heart.load_segmenter, tmp_path / "FileList.csv", 1)
 
 

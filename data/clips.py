@@ -113,7 +113,7 @@ class Clips:
         folders = [Path(folder) for folder in str(folders).split(",")]
         metas, shards = zip(*(open_set(folder, split) for folder in folders))
         self.meta, self.shards = metas[0], sum(shards, [])
-        for key, folder, meta in product(("height", "width", "channels", "leads"), folders, metas):
+        for key, (folder, meta) in product(("height", "width", "channels"), zip(folders, metas)):
             if meta.get(key) != self.meta.get(key):
                 raise UserError(f"{folders[0]} and {folder} have not the same {key}")
         if not self.shards:
@@ -121,7 +121,8 @@ class Clips:
         self.ends = np.cumsum([len(s.columns["id"]) for s in self.shards])
         sizes = [sum(len(s.columns["id"]) for s in some) for some in shards]
         self.sets = [range(end - size, end) for size, end in zip(sizes, np.cumsum(sizes)) if size]
-        self.leads = self.meta.get("leads", [])
+        alike = all(meta.get("leads") == self.meta.get("leads") for meta in metas)
+        self.leads = self.meta.get("leads", []) if alike else []
 
     def __len__(self):
         return int(self.ends[-1])
@@ -220,6 +221,8 @@ class RandomWindows(Dataset):
         self.channels, self.vary_video, self.anchor, self.text = channels, vary_video, anchor, text
         if text is not None and any("text" not in s.columns for s in clips.shards):
             raise UserError("the clips of the set have no text")
+        if samples and not clips.leads:
+            raise UserError("the set has no ECG; of several, one has none, or other leads than another")
         shortest = min(int(s.columns["frames"].min()) for s in clips.shards)
         if shortest < frames:
             raise UserError(f"a clip of the set has {shortest} frames, fewer than the {frames} of one window")

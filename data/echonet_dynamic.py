@@ -6,8 +6,9 @@
 are the experts'. The two frames that they traced have masks.
 
 The set has no ECG. With --segmenter=FOLDER each clip gets one: an R peak at every end-diastole, which is the
-traced one and the others that the segmenter's LV area shows, and ECGSYN waves around them (data/phantom.py),
-whose shape says nothing of the EF unless --ecg_ef asks for it. meta.json marks it "synthetic".
+traced one and the others that the LV area shows (the segmenter's; the experts' where they traced all frames),
+and ECGSYN waves around them (data/phantom.py), whose shape says nothing of the EF unless --ecg_ef asks for it.
+meta.json marks it "synthetic".
 """
 import csv
 import math
@@ -24,7 +25,7 @@ from PIL import Image, ImageDraw
 
 from data.clips import LEADS, UNTRACED
 from data.flags import UserError, parse_flags, run_main
-from data.heart import cardiac_cycle, disk_volume, load_segmenter, masks_of
+from data.heart import cardiac_cycle, disk_volume, is_traced, load_segmenter, masks_of
 from data.phantom import MARGIN_S, ecg_of_beats
 from data.prepare import prepare
 from data.webvid import read_video
@@ -105,9 +106,8 @@ def segmenter_once(path, channels):
     return load_segmenter(path, channels)
 
 
-def end_diastoles(video, fps, segmenter, traced_ed):
-    """ED frames (n,) of a video by its LV area; the traced one stands for what is found of its beat."""
-    masks = np.concatenate(list(masks_of(segmenter, video)))
+def end_diastoles(masks, fps, traced_ed):
+    """ED frames (n,) of a video by its LV masks; the traced one stands for what is found of its beat."""
     found = np.array(cardiac_cycle(masks.sum((1, 2)), disk_volume(masks), fps)["ed_frames"])
     if traced_ed is None:
         return found
@@ -142,7 +142,9 @@ def make_clip(job, src, size, channels, least, segmenter="", ecg_ef=False, seed=
         clip["mask"] = mask
     if segmenter:
         ed = max(traced, key=lambda k: mask[k].sum()) if traced else None
-        r_peaks = end_diastoles(video, fps, segmenter_once(segmenter, channels), ed) / fps
+        found = mask if is_traced(mask).all() else \
+            np.concatenate(list(masks_of(segmenter_once(segmenter, channels), video)))
+        r_peaks = end_diastoles(found, fps, ed) / fps
         if not len(r_peaks):
             raise UserError(f"{name}: no beat is seen in it, so no ECG can be made")
         key = seed, zlib.crc32(name.encode())
