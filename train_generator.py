@@ -241,8 +241,8 @@ def main():
     train, val = (RandomWindows(Clips(config.data, split), tokenizer.config.frames, samples, clean_ecg,
                                 config.batch * world, config.seed, draws(None, T * N), vary,
                                 tokenizer.config.channels, anchor=(config.ecg_before, config.ecg_after),
-                                text=left_out if text else None, vary_video=contrast)
-                  for split, vary, left_out, contrast in (
+                                text=left_out if text else None, vary_video=view)
+                  for split, vary, left_out, view in (
                       ("train", vary, config.drop_phrase, vary_view if config.augment else None),
                       ("val", None, 0, None)))
 
