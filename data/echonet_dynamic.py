@@ -5,9 +5,9 @@
 --src holds FileList.csv, VolumeTracings.csv and Videos/*.avi. Splits are the official ones; EF and volumes
 are the experts'. The two frames that they traced have masks.
 
-The set has no ECG. With --segmenter=FOLDER each clip gets one: an R peak at every end-diastole, which is the
-traced one and the others that the LV area shows (the segmenter's; the experts' where they traced all frames),
-and ECGSYN waves around them (data/phantom.py), whose shape says nothing of the EF unless --ecg_ef asks for it.
+The set has no ECG. With --segmenter=FOLDER each clip gets one: an R peak at every end-diastole, the traced
+one and the others that the LV area shows (the segmenter's, or the experts' where they traced each frame), and
+ECGSYN waves around them (data/phantom.py), whose shape says nothing of the EF unless --ecg_ef asks for it.
 meta.json marks it "synthetic".
 """
 import csv
