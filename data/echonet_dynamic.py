@@ -5,10 +5,10 @@
 --src holds FileList.csv, VolumeTracings.csv and Videos/*.avi. Splits are the official ones; EF and volumes
 are the experts'. The two frames that they traced have masks.
 
-The set has no ECG. With --segmenter=FOLDER each clip gets one: an R peak at every end-diastole, the traced
-one and the others that the LV area shows (the segmenter's, or the experts' where they traced each frame), and
-ECGSYN waves around them (data/phantom.py), whose shape says nothing of the EF unless --ecg_ef asks for it.
-meta.json marks it "synthetic".
+The set has no ECG. With --segmenter=FOLDER each clip gets one: an R peak at the traced end-diastole and where
+the LV area (the segmenter's, or the experts' where they traced each frame) begins each other fall, and ECGSYN
+waves around them (data/phantom.py), whose shape says nothing of the EF unless --ecg_ef asks for it. meta.json
+marks it "synthetic". --every=K keeps each K-th frame; the beats are found in all of them.
 """
 import csv
 import math
@@ -22,10 +22,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+from scipy.signal import find_peaks
 
 from data.clips import LEADS, UNTRACED
 from data.flags import UserError, parse_flags, run_main
-from data.heart import cardiac_cycle, disk_volume, is_traced, load_segmenter, masks_of
+from data.heart import MIN_SWING, is_traced, load_segmenter, masks_of
+from data.measures import smooth, swing
 from data.phantom import MARGIN_S, ecg_of_beats
 from data.prepare import prepare
 from data.webvid import read_video
@@ -37,7 +39,8 @@ class EchonetConfig:
     out: str = "datasets/echonet"  # folder to write
     size: int = 112             # height and width in pixels
     channels: int = 1           # 1 = grey, 3 = colour
-    least: int = 11             # a video with fewer frames is left out
+    every: int = 1              # keep each so-manieth frame
+    least: int = 11             # a video of which fewer frames are kept is left out
     segmenter: str = ""         # a folder with a segmenter.pt, or a TorchScript file: gives each clip an ECG
     ecg_ef: bool = False        # let the ECG show the EF
     seed: int = 0               # of the ECGs; the splits are the official ones
@@ -47,7 +50,9 @@ class EchonetConfig:
 FILES = ("FileName", "EF", "ESV", "EDV", "FPS", "NumberOfFrames", "Split")
 CHORD = ("X1", "Y1", "X2", "Y2")    # pixels of the videos, which are PIXELS high and wide
 PIXELS = 112
-SAME_BEAT_S = 0.3                   # an ED frame nearer to the traced one than this is of the same beat
+SAME_BEAT_S = 0.3                   # an R peak nearer to the traced ED frame than this is of the same beat
+MIN_FALL, BEGUN = 0.35, 0.08        # a systole, as a share of the area's swing; that of its fall which begins it
+DELAY_S = 0.04                      # from the R peak to there, as in the phantom
 
 
 def read_table(path, columns):
@@ -106,15 +111,25 @@ def segmenter_once(path, channels):
     return load_segmenter(path, channels)
 
 
-def end_diastoles(masks, fps, traced_ed):
-    """ED frames (n,) of a video by its LV masks; the traced one stands for what is found of its beat."""
-    found = np.array(cardiac_cycle(masks.sum((1, 2)), disk_volume(masks), fps)["ed_frames"])
-    if traced_ed is None:
-        return found
-    return np.sort(np.append(found[np.abs(found - traced_ed) > SAME_BEAT_S * fps], traced_ed))
+def begins_of_systole(area, fps):
+    """R peaks (n,) in seconds, one shortly before each fall of the LV area (T,).
+
+    Not at its largest frame: after filling, the area often rests on a plateau of half a second, and which of
+    its frames is the largest is chance. An R peak there would come long before the contraction.
+    """
+    a, height, start, found = smooth(area, fps), swing(area, fps), 0, []
+    if height <= MIN_SWING * np.median(a):
+        return np.array([])
+    for end in find_peaks(np.append(-a, -a.max()), prominence=MIN_FALL * height)[0]:
+        level = (1 - BEGUN) * a[start:end + 1].max() + BEGUN * a[end]
+        last = start + np.flatnonzero(a[start:end + 1] > level)[-1]
+        if last:            # a fall from frame 0 on may have begun before it
+            found.append((last + (a[last] - level) / (a[last] - a[last + 1])) / fps - DELAY_S)
+        start = end
+    return np.array(found)
 
 
-def make_clip(job, src, size, channels, least, segmenter="", ecg_ef=False, seed=0, masked=True):
+def make_clip(job, src, size, channels, least, every=1, segmenter="", ecg_ef=False, seed=0, masked=True):
     """(A row of FileList.csv, its tracings) -> the clip as Writer.add takes it."""
     row, traced = job
     name = row["FileName"].removesuffix(".avi")
@@ -129,9 +144,9 @@ def make_clip(job, src, size, channels, least, segmenter="", ecg_ef=False, seed=
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     video, _ = read_video(path, size, channels)
-    if len(video) < max(least, stated):
+    if len(video) < max((least - 1) * every + 1, stated):
         raise UserError(f"{path}: {len(video)} frames, FileList.csv says {stated}, --least={least}")
-    clip = dict(id=name, video=video, fps=fps, view="A4C", ef=ef, esv_ml=esv, edv_ml=edv,
+    clip = dict(id=name, video=video[::every], fps=fps / every, view="A4C", ef=ef, esv_ml=esv, edv_ml=edv,
                 text=f"A4C view, EF {ef:.0f}")
     if traced and not 0 <= min(traced) <= max(traced) < len(video):
         raise UserError(f"{name}: VolumeTracings.csv has frame {max(traced)}, the video {len(video)} frames")
@@ -139,12 +154,14 @@ def make_clip(job, src, size, channels, least, segmenter="", ecg_ef=False, seed=
         raise UserError(f"{name}: VolumeTracings.csv has an axis and fewer than two chords of it")
     mask = draw_masks(traced, len(video), size)
     if masked:
-        clip["mask"] = mask
+        clip["mask"] = mask[::every]
     if segmenter:
-        ed = max(traced, key=lambda k: mask[k].sum()) if traced else None
-        found = mask if is_traced(mask).all() else \
-            np.concatenate(list(masks_of(segmenter_once(segmenter, channels), video)))
-        r_peaks = end_diastoles(found, fps, ed) / fps
+        whole = is_traced(mask).all()
+        found = mask if whole else np.concatenate(list(masks_of(segmenter_once(segmenter, channels), video)))
+        r_peaks = begins_of_systole(found.sum((1, 2)), fps)
+        if traced and not whole:
+            ed = max(traced, key=lambda k: mask[k].sum()) / fps
+            r_peaks = np.sort(np.append(r_peaks[np.abs(r_peaks - ed) > SAME_BEAT_S], ed))
         if not len(r_peaks):
             raise UserError(f"{name}: no beat is seen in it, so no ECG can be made")
         key = seed, zlib.crc32(name.encode())
@@ -156,8 +173,8 @@ def make_clip(job, src, size, channels, least, segmenter="", ecg_ef=False, seed=
 def main():
     config = parse_flags(EchonetConfig)
     print(config)
-    if config.channels not in (1, 3) or min(config.size, config.least) < 1:
-        raise UserError("channels is 1 or 3; size and least are 1 or more")
+    if config.channels not in (1, 3) or min(config.size, config.least, config.every) < 1:
+        raise UserError("channels is 1 or 3; size, least and every are 1 or more")
     if config.segmenter:        # before the work begins
         load_segmenter(config.segmenter, config.channels)
     jobs, traced = {"train": [], "val": [], "test": []}, tracings(config.src)
@@ -170,7 +187,7 @@ def main():
                 width=config.size, channels=config.channels, source="echonet_dynamic",
                 leads=LEADS if config.segmenter else [], ecg="synthetic" if config.segmenter else "none",
                 command=" ".join(["data.echonet_dynamic", *sys.argv[1:]]))
-    keys = "src", "size", "channels", "least", "segmenter", "ecg_ef", "seed"
+    keys = "src", "size", "channels", "least", "every", "segmenter", "ecg_ef", "seed"
     how = {key: getattr(config, key) for key in keys} | {"masked": bool(traced)}
     prepare(config.out, meta, jobs, partial(make_clip, **how), config.workers)
 
