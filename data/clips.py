@@ -187,11 +187,13 @@ def vary_video(video, rng):
 
 
 def moves(rng, many, size):
-    """Grids (n, H, W, 2) for F.grid_sample: each picture is turned, scaled and shifted at random."""
+    """Grids (n, H, W, 2) for F.grid_sample: each picture is turned, scaled, shifted and gently bent at random."""
+    bend = torch.from_numpy(rng.normal(0, 0.06, (many, 2, 5, 5)).astype(np.float32))
     turn, scale, right, down = rng.normal(0, [[0.2], [0.15], [0.12], [0.12]], (4, many))    # half pictures
     cos, sin = np.exp(scale) * np.cos(turn), np.exp(scale) * np.sin(turn)
     affine = torch.tensor(np.stack([cos, -sin, right, sin, cos, down], 1)).float().unflatten(1, (2, 3))
-    return F.affine_grid(affine, (many, 1, *size), align_corners=False)
+    bend = F.interpolate(bend, size, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    return F.affine_grid(affine, (many, 1, *size), align_corners=False) + bend
 
 
 def vary_view(video, rng):
