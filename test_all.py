@@ -722,9 +722,9 @@ class Bright(torch.nn.Module):
 
 
 def test_ecg_for_echonet(tmp_path):
-    """R peaks that are not where the ventricle begins to contract (but where it is largest, a chance of the
-    rest before), or not where the experts traced ED; a TorchScript segmenter that is not asked, or asked where
-    all is traced; an ECG for a heart that stands still; beats that --every moves."""
+    """R peaks that are not where the ventricle begins to contract (but where it is largest: by chance, long
+    before), or not where the experts traced ED; a TorchScript segmenter that is not asked, or asked where all
+    is traced; an ECG for a heart that stands still; beats that --every moves."""
     def curve(r_peaks):         # 0 at rest, 1 at the end of each systole, a little below 0 before it
         wave = [np.sin(np.pi * ((np.arange(110) / 50 - r_peaks[:, None] + early) / 0.4).clip(0, 1)) ** 2
                 for early in (0, 0.5)]

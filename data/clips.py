@@ -187,7 +187,7 @@ def vary_video(video, rng):
 
 
 def moves(rng, many, size):
-    """Grids (n, H, W, 2) for F.grid_sample: each picture is turned, scaled, shifted and gently bent at random."""
+    """Grids (n, H, W, 2) for F.grid_sample: each picture is turned, scaled, shifted and bent a little."""
     bend = torch.from_numpy(rng.normal(0, 0.06, (many, 2, 5, 5)).astype(np.float32))
     turn, scale, right, down = rng.normal(0, [[0.2], [0.15], [0.12], [0.12]], (4, many))    # half pictures
     cos, sin = np.exp(scale) * np.cos(turn), np.exp(scale) * np.sin(turn)

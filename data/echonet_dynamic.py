@@ -51,8 +51,9 @@ FILES = ("FileName", "EF", "ESV", "EDV", "FPS", "NumberOfFrames", "Split")
 CHORD = ("X1", "Y1", "X2", "Y2")    # pixels of the videos, which are PIXELS high and wide
 PIXELS = 112
 SAME_BEAT_S = 0.3                   # an R peak nearer to the traced ED frame than this is of the same beat
-MIN_FALL, BEGUN = 0.35, 0.08        # a systole, as a share of the area's swing; that of its fall which begins it
-DELAY_S = 0.04                      # from the R peak to there, as in the phantom
+MIN_FALL = 0.35                     # of the area's swing: a systole falls by more
+BEGUN = 0.08                        # of that fall: it has begun
+DELAY_S = 0.04                      # from the R peak until then, as in the phantom
 
 
 def read_table(path, columns):
