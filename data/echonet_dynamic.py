@@ -26,7 +26,7 @@ from scipy.signal import find_peaks
 
 from data.clips import LEADS, UNTRACED
 from data.flags import UserError, parse_flags, run_main
-from data.heart import MIN_SWING, is_traced, load_segmenter, masks_of
+from data.heart import is_still, is_traced, load_segmenter, masks_of
 from data.measures import smooth, swing
 from data.phantom import MARGIN_S, ecg_of_beats
 from data.prepare import prepare
@@ -39,7 +39,7 @@ class EchonetConfig:
     out: str = "datasets/echonet"  # folder to write
     size: int = 112             # height and width in pixels
     channels: int = 1           # 1 = grey, 3 = colour
-    every: int = 1              # keep each so-manieth frame
+    every: int = 1              # keep each second, third, ... frame
     least: int = 11             # a video of which fewer frames are kept is left out
     segmenter: str = ""         # a folder with a segmenter.pt, or a TorchScript file: gives each clip an ECG
     ecg_ef: bool = False        # let the ECG show the EF
@@ -118,9 +118,9 @@ def begins_of_systole(area, fps):
     Not at its largest frame: after filling, the area often rests on a plateau of half a second, and which of
     its frames is the largest is chance. An R peak there would come long before the contraction.
     """
-    a, height, start, found = smooth(area, fps), swing(area, fps), 0, []
-    if height <= MIN_SWING * np.median(a):
+    if is_still(area, fps):
         return np.array([])
+    a, height, start, found = smooth(area, fps), swing(area, fps), 0, []
     for end in find_peaks(np.append(-a, -a.max()), prominence=MIN_FALL * height)[0]:
         level = (1 - BEGUN) * a[start:end + 1].max() + BEGUN * a[end]
         last = start + np.flatnonzero(a[start:end + 1] > level)[-1]

@@ -156,17 +156,22 @@ def disk_volume(masks, disks=20):
     return volumes
 
 
+def is_still(area, fps):
+    """Whether an area curve (T,) hardly swings, or no more than its own noise makes it: it shows no beats."""
+    a = smooth(area, fps)       # white noise alone gives a swing of 3.2 of its own
+    return swing(area, fps) <= max(MIN_SWING * np.median(a), 6 * np.std(area - a))
+
+
 def cardiac_cycle(area, volume, fps):
     """LV area and volume (T,) -> {"ed_frames", "es_frames": lists of int, "ef": points or None}.
 
     ED and ES are the prominent maxima and minima of the smoothed area, EDGE_S or more from its ends. EF is
     the median of (EDV - ESV) / EDV over neighbouring ED and ES, shallow (ectopic) beats left out. A curve
-    that hardly swings, or no more than its own noise makes it, has no beats: a constant curve must not score.
+    that is still has no beats: a constant curve must not score.
     """
-    a, v = smooth(area, fps), smooth(volume, fps)
-    height, noise, edge = swing(area, fps), np.std(area - a), round(EDGE_S * fps)
-    if height <= max(MIN_SWING * np.median(a), 6 * noise):      # white noise alone gives 3.2 of its own
+    if is_still(area, fps):
         return {"ed_frames": [], "es_frames": [], "ef": None}
+    a, v, height, edge = smooth(area, fps), smooth(volume, fps), swing(area, fps), round(EDGE_S * fps)
     extremes = []
     for x in (a, -a):       # what came before the first frame is not known: there, to fall is enough
         at = find_peaks(np.append(x.min(), x), prominence=MIN_DEPTH * height)[0] - 1
