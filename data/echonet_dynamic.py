@@ -145,9 +145,11 @@ def make_clip(job, src, size, channels, least, every=1, segmenter="", ecg_ef=Fal
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     video, _ = read_video(path, size, channels)
-    if len(video) < max((least - 1) * every + 1, stated):
-        raise UserError(f"{path}: {len(video)} frames, FileList.csv says {stated}, --least={least}")
-    clip = dict(id=name, video=video[::every], fps=fps / every, view="A4C", ef=ef, esv_ml=esv, edv_ml=edv,
+    kept = video[::every]
+    if len(video) < stated or len(kept) < least:
+        raise UserError(f"{path}: {len(video)} frames, FileList.csv says {stated}; {len(kept)} kept, "
+                        f"--least={least}")
+    clip = dict(id=name, video=kept, fps=fps / every, view="A4C", ef=ef, esv_ml=esv, edv_ml=edv,
                 text=f"A4C view, EF {ef:.0f}")
     if traced and not 0 <= min(traced) <= max(traced) < len(video):
         raise UserError(f"{name}: VolumeTracings.csv has frame {max(traced)}, the video {len(video)} frames")
