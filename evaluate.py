@@ -36,7 +36,8 @@ from data.ecg import clean_ecg, find_r_peaks, go_on
 from data.ecg_files import read_ecg
 from data.flags import UserError, parse_flags, parse_value, run_main
 from data.frechet import KINDS, Detector, Features, frechet, kernel_distance
-from data.heart import cardiac_cycle, disk_volume, ef_scores, load_segmenter, measure_segmenter, segment
+from data.heart import (cardiac_cycle, disk_volume, ef_scores, is_traced, load_segmenter, measure_segmenter,
+                        segment)
 from data.measures import edge_energy, middle, rate_distortion_bound, ratio, ssim
 from data.phantom import make_ecg
 from data.picture import SCROLL_S, draw_strip, film, strip_curve
@@ -81,7 +82,8 @@ EF = "ef_r2 ef_mae ef_rmse ef_r2_true ef_mae_true ef_rmse_true"
 EF_DECODED = "ef_r2_decoded ef_mae_decoded ef_rmse_decoded"
 PARTS = "video", "tokenizer_encode", "tokenizer_decode", "encoder", "generator"     # timed by mode "speed"
 COSTS = "seconds", "gflop", "share_of_matmul"
-OWN = "area_r_median area_r_mean ed_error_ms_median ed_error_ms_p95 beats_found extra_beats swing drift"
+OWN = "area_r_median area_r_mean area_r_traced_median area_r_traced_mean ed_error_ms_median " \
+      "ed_error_ms_p95 beats_found extra_beats swing drift"
 FIGURES = {"reconstruction": "mse mae psnr ssim sharpness codes_used codebook_perplexity sector_perplexity "
                              "rd_bound_mse windows clips",
            "drift": "grey contrast area " + " ".join(f"{key}_{end}" for end in ("first", "last") for key in
@@ -99,8 +101,9 @@ BEST = {"shift_ms": 200}
 BEST |= dict.fromkeys("psnr codes_used codebook_perplexity sector_perplexity windows clips "
                       "matmul_gflop_per_s".split(), math.inf)
 BEST |= dict.fromkeys("dice ssim sharpness ef_r2 ef_r2_true ef_r2_decoded area_r_median area_r_mean "
-                      "beats_found beats_found_video flat_drift hidden_r_visible hidden_r_unseen "
-                      "hidden_swing swap_follows_donor swap_r_donor swing drift diversity".split()
+                      "area_r_traced_median area_r_traced_mean beats_found beats_found_video flat_drift "
+                      "hidden_r_visible hidden_r_unseen hidden_swing swap_follows_donor swap_r_donor swing "
+                      "drift diversity".split()
                       + [f"{part}_share_of_matmul" for part in PARTS], 1)
 
 
@@ -288,6 +291,9 @@ def run_conditions(config, device, conditions, by_ecg=False):
             area = {name: m[b].sum((1, 2), dtype=float) for name, m in masks.items()}
             cycle = {name: cardiac_cycle(area[name], disk_volume(m[b]), batch.fps)
                      for name, m in masks.items()}
+            mask = clips.per_frame("mask", i, 0, len(area["true"])) if clips.has("mask", i) else None
+            if mask is not None and is_traced(mask).all():
+                area["traced"] = mask.sum((1, 2), dtype=float)
             records.append(SimpleNamespace(
                 clip=i, donor=donor, fps=batch.fps, ef=clips[i]["ef"], area=area, cycle=cycle,
                 r_peaks=r_peaks_of(clips, i) if clips.leads else np.array([]),

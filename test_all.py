@@ -24,7 +24,7 @@ import train_generator
 import train_tokenizer
 from data import (camus, dicom, echonet_dynamic, frechet, heart, measures, paired, runs, short_axis, speed,
                   webvid)
-from data.clips import LEADS, Clips, RandomWindows, as_video, batches, cut_ecg, vary_video, vary_view
+from data.clips import LEADS, Clips, RandomWindows, as_video, batches, cut_ecg, moves, vary_video, vary_view
 from data.ecg import clean_ecg, find_r_peaks, redraw_ecg
 from data.ecg_files import read_ecg
 from data.flags import UserError, field_comments, parse_flags
@@ -593,6 +593,8 @@ def test_prepared_set(phantom):
         assert varied.std() == pytest.approx(item["video"].std().item(), rel=0.4)
         still = vary(np.repeat(whole[:1], 3, 0), np.random.default_rng(0))
         assert (still[0] == still[2]).all()                                        # the window moves as one
+    grid = moves(np.random.default_rng(0), 2, (64, 64))
+    assert 1e-3 < grid.diff(n=2, dim=1).abs().max() < 0.1                          # bent, and gently
     assert torch.allclose(as_video(np.uint8([[[[0, 51, 102]]]]), 1), torch.tensor(0.2))
 
 
@@ -1126,8 +1128,9 @@ def test_measures():
     ("drift", "clips=2", "clips=3", "grey contrast area beats_found_first ed_error_ms_median_last"),
     ("speed", "parameters_m=9", "parameters_m=0", "video_seconds generator_gflop encoder_share_of_matmul"),
     ("ef", "clips=2", "clips=3", "ef_r2 ef_mae ef_rmse ef_r2_true ef_mae_true ef_mae_decoded diversity"),
-    ("sync", "clips=2", "clips=3", "area_r_median ed_error_ms_median ed_error_ms_p95 beats_found extra_beats "
-                                   "shift_ms flat_swing hidden_swing hidden_r_visible clips device weights")])
+    ("sync", "clips=2", "clips=3", "area_r_median area_r_traced_mean ed_error_ms_median ed_error_ms_p95 "
+                                   "extra_beats shift_ms flat_swing hidden_swing hidden_r_visible clips "
+                                   "device weights")])
 def test_evaluate_modes(mode, target, missed, figures, phantom, weights, tmp_path):
     """A mode that ends in a traceback, a figure that is missing, or a target that cannot fail."""
     flags = [mode, f"--data={phantom}", f"--weights={weights}", f"--out={tmp_path}", "--steps=1"]

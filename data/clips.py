@@ -141,6 +141,10 @@ class Clips:
         return {name: column[j] if isinstance(column, list) else column[j].item()
                 for name, column in shard.columns.items()}
 
+    def has(self, name, i):
+        """Whether the set of clip i has that array."""
+        return name in self.locate(i)[0].arrays
+
     def per_frame(self, name, i, start=0, frames=None):
         """Frames start .. start + frames of clip i from video, mask or volume."""
         shard, j = self.locate(i)

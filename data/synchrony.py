@@ -2,7 +2,8 @@
 
 A record stands for a clip; evaluate.run_conditions makes it. It has clip and donor (numbers), fps, ef (the
 set's), r_peaks (s), and under the name of each video ("true", "own", "shifted" ...) area (T,), the pixels of
-the ventricle in each frame, and cycle, what data.heart.cardiac_cycle says.
+the ventricle in each frame ("traced": in the set's own masks, where every frame has one), and cycle, what
+data.heart.cardiac_cycle says.
 """
 from functools import partial
 
@@ -102,8 +103,12 @@ def swing_ratio(records, name, reference):
 
 
 def own_figures(records):
-    """The video of a clip's own ECG: correlation of its LV area with the true one's, beats, swing, drift."""
-    r = [pearson(x.area["own"], x.area["true"]) for x in records]
-    return {"area_r_median": middle(r), "area_r_mean": middle(r, np.mean), **beat_figures(records, "own"),
+    """The video of a clip's own ECG: correlation of its LV area with the true one's, measured alike, and with
+    that of the set's own masks (_traced), beats, swing, drift."""
+    r, traced = ([pearson(x.area["own"], x.area[of]) for x in records if of in x.area]
+                 for of in ("true", "traced"))
+    return {"area_r_median": middle(r), "area_r_mean": middle(r, np.mean),
+            "area_r_traced_median": middle(traced), "area_r_traced_mean": middle(traced, np.mean),
+            **beat_figures(records, "own"),
             "swing": swing_ratio(records, "own", "true"),
             "drift": middle([area_drift(x.area["own"]) for x in records])}
