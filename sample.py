@@ -218,7 +218,7 @@ def main():
   heart rate  {r["hr_bpm"] or "-"} a minute
   beats       {len(r["r_peaks_s"])} R peaks, {len(r["ed_frames"])} ED frames
   |ED - R|    {r["ed_error_ms"] or "-"} ms, median
-  EF          {r["ef"] or "-"}""")
+  EF          {f'{r["ef"]:.1f}' if r["ef"] else "-"}""")
 
 
 if __name__ == "__main__":

@@ -180,8 +180,8 @@ def main():
         raise UserError("channels is 1 or 3; size, least and every are 1 or more")
     if config.segmenter:        # before the work begins
         load_segmenter(config.segmenter, config.channels)
-    jobs, traced = {"train": [], "val": [], "test": []}, tracings(config.src)
-    for row in file_list(config.src):
+    jobs, rows, traced = {"train": [], "val": [], "test": []}, file_list(config.src), tracings(config.src)
+    for row in rows:
         split = row["Split"].strip().lower()
         if split not in jobs:
             raise UserError(f"FileList.csv: split {row['Split']!r} of {row['FileName']}; TRAIN, VAL or TEST")
