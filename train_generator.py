@@ -62,7 +62,7 @@ class TrainConfig(GeneratorConfig):
     fade_share: float = 0.50        # prefixes of another brightness than the anchor, which has the true one
     freeze_encoder: bool = False    # leave the ECG encoder as it is
     critic_weight: float = 1.0      # Eq. 10, where there is a --critic
-    bf16: bool = True               # autocast to bfloat16, on a GPU or a CPU with AMX
+    bf16: bool = True               # autocast to bfloat16, on a GPU or a CPU with AMX or AVX512-BF16
     compile: bool = False           # torch.compile
     workers: int = 0                # data loading processes
     log_every: int = 20             # steps between two lines of the log

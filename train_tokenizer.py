@@ -59,7 +59,7 @@ class TrainConfig(TokenizerConfig):
     gan_cap: float = 1e4            # Eq. 6: and at most so large
     lecam_weight: float = 0.01      # regularisation of the discriminator
     augment: bool = False           # move, flip and brighten the windows at random, for a small set
-    bf16: bool = True               # autocast to bfloat16, on a GPU or a CPU with AMX
+    bf16: bool = True               # autocast to bfloat16, on a GPU or a CPU with AMX or AVX512-BF16
     compile: bool = False           # torch.compile
     workers: int = 0                # data loading processes
     log_every: int = 20             # steps between two lines of the log

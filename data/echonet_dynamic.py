@@ -5,10 +5,10 @@
 --src holds FileList.csv, VolumeTracings.csv and Videos/*.avi. Splits are the official ones; EF and volumes
 are the experts'. The two frames that they traced have masks.
 
-The set has no ECG. With --segmenter=FOLDER each clip gets one: an R peak at the traced end-diastole and where
-the LV area (the segmenter's, or the experts' where they traced each frame) begins each other fall, and ECGSYN
-waves around them (data/phantom.py), whose shape says nothing of the EF unless --ecg_ef asks for it. meta.json
-marks it "synthetic". --every=K keeps each K-th frame; the beats are found in all of them.
+The set has no ECG. With --segmenter=FOLDER each clip gets one: R peaks at the traced end-diastole and at the
+last maximum of the LV area (the segmenter's, or the experts' where they traced each frame) before each other
+fall, and ECGSYN waves around them (data/phantom.py), whose shape says nothing of the EF unless --ecg_ef asks
+for it. meta.json marks it "synthetic". --every=K keeps each K-th frame; the beats are found in all of them.
 """
 import csv
 import math
@@ -27,7 +27,7 @@ from scipy.signal import find_peaks
 from data.clips import LEADS, UNTRACED
 from data.flags import UserError, parse_flags, run_main
 from data.heart import is_still, is_traced, load_segmenter, masks_of
-from data.measures import smooth, swing
+from data.measures import parabola_top, smooth, swing
 from data.phantom import MARGIN_S, ecg_of_beats
 from data.prepare import prepare
 from data.webvid import read_video
@@ -53,7 +53,6 @@ PIXELS = 112
 SAME_BEAT_S = 0.3                   # an R peak nearer to the traced ED frame than this is of the same beat
 MIN_FALL = 0.35                     # of the area's swing: a systole falls by more
 BEGUN = 0.08                        # of that fall: it has begun
-DELAY_S = 0.04                      # from the R peak until then, as in the phantom
 
 
 def read_table(path, columns):
@@ -112,20 +111,22 @@ def segmenter_once(path, channels):
     return load_segmenter(path, channels)
 
 
-def begins_of_systole(area, fps):
-    """R peaks (n,) in seconds, one shortly before each fall of the LV area (T,).
+def ends_of_diastole(area, fps):
+    """R peaks (n,) in seconds: the last maximum of the LV area (T,) before each fall, found between frames.
 
-    Not at its largest frame: after filling, the area often rests on a plateau of half a second, and which of
-    its frames is the largest is chance. An R peak there would come long before the contraction.
+    Not the largest of the beat: after filling, the area often rests on a plateau of half a second, and which
+    of its maxima is the largest is chance. An R peak there would come long before the contraction.
     """
     if is_still(area, fps):
         return np.array([])
     a, height, start, found = smooth(area, fps), swing(area, fps), 0, []
     for end in find_peaks(np.append(-a, -a.max()), prominence=MIN_FALL * height)[0]:
         level = (1 - BEGUN) * a[start:end + 1].max() + BEGUN * a[end]
-        last = start + np.flatnonzero(a[start:end + 1] > level)[-1]
-        if last:            # a fall from frame 0 on may have begun before it
-            found.append((last + (a[last] - level) / (a[last] - a[last + 1])) / fps - DELAY_S)
+        t = start + np.flatnonzero(a[start:end + 1] > level)[-1]
+        if t:               # a fall from frame 0 on may have begun before it
+            while t > start and a[t - 1] >= a[t]:
+                t -= 1
+            found.append((t + parabola_top(a, t)) / fps)
         start = end
     return np.array(found)
 
@@ -161,7 +162,7 @@ def make_clip(job, src, size, channels, least, every=1, segmenter="", ecg_ef=Fal
     if segmenter:
         whole = is_traced(mask).all()
         found = mask if whole else np.concatenate(list(masks_of(segmenter_once(segmenter, channels), video)))
-        r_peaks = begins_of_systole(found.sum((1, 2)), fps)
+        r_peaks = ends_of_diastole(found.sum((1, 2)), fps)
         if traced and not whole:
             ed = max(traced, key=lambda k: mask[k].sum()) / fps
             r_peaks = np.sort(np.append(r_peaks[np.abs(r_peaks - ed) > SAME_BEAT_S], ed))

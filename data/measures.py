@@ -65,6 +65,12 @@ def pearson(x, y):
     return float(x @ y / scale) if scale > 1e-9 else 0.0
 
 
+def parabola_top(curve, at):
+    """How far from a maximum of a curve (T,), in samples, the parabola through its neighbours has its top."""
+    left, top, right = curve[at - 1:at + 2] if 0 < at < len(curve) - 1 else (0, 1, 0)
+    return (left - right) / min(2 * (left - 2 * top + right), -1e-9)
+
+
 def lag_ms(curve, reference, fps, longest_s=0.4):
     """Milliseconds that a curve (T,) comes after its reference: the lag of the best correlation.
 
@@ -76,9 +82,7 @@ def lag_ms(curve, reference, fps, longest_s=0.4):
     lags = np.arange(-most, most + 1)
     r = np.array([pearson(x[max(k, 0):T + min(k, 0)], y[max(-k, 0):T + min(-k, 0)]) for k in lags])
     best = int((r - 0.2 * np.abs(lags) / fps).argmax())
-    left, top, right = r[best - 1:best + 2] if 0 < best < 2 * most else (0, 1, 0)
-    part = (left - right) / min(2 * (left - 2 * top + right), -1e-9)    # top of the parabola through three
-    return 1000 / fps * (lags[best] + part)
+    return 1000 / fps * (lags[best] + parabola_top(r, best))
 
 
 def match(peaks, times):

@@ -35,8 +35,8 @@ def init_distributed(seed):
 
 
 def bfloat16(device, wanted=True):
-    """Autocast to bfloat16 where that is fast, on a GPU or a CPU with AMX; elsewhere it would be slow."""
-    fast = device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)
+    """Autocast to bfloat16 where that is fast, on a GPU or a CPU with AMX or AVX512-BF16."""
+    fast = device.type == "cuda" or any(map(torch.cpu.get_capabilities().get, ("amx_bf16", "avx512_bf16")))
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted and fast)
 
 
