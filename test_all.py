@@ -725,8 +725,8 @@ class Bright(torch.nn.Module):
 
 def test_ecg_for_echonet(tmp_path):
     """R peaks that are not at the last maximum before the ventricle contracts (but where it is largest: by
-    chance, long before), or not where the experts traced ED; a TorchScript segmenter that is not asked, or asked
-    where all is traced; an ECG for a heart that stands still; beats that --every moves."""
+    chance, long before), or not where the experts traced ED; a TorchScript segmenter that is not asked, or
+    asked where all is traced; an ECG for a heart that stands still; beats that --every moves."""
     def curve(r_peaks):         # 1 at the end of each systole, below 0 as it begins, and more so long before
         wave = [np.sin(np.pi * ((np.arange(110) / 50 - r_peaks[:, None] + early) / 0.4).clip(0, 1)) ** 2
                 for early in (0, 0.2, 0.55)]
