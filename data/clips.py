@@ -37,7 +37,8 @@ ARRAYS = {"video": np.uint8, "ecg": np.float32, "mask": np.uint8, "volume": np.f
 
 
 class Shard:
-    """One SPLIT folder: the columns of clips.csv as lists and arrays, its arrays memory-mapped."""
+    """One SPLIT folder: the columns of clips.csv (numbers as arrays, text as tuples, which unlike lists are
+    not walked by each garbage collection), its arrays memory-mapped."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -53,7 +54,7 @@ class Shard:
             missing = [c for c in COLUMNS[:-1] if c not in names]
             if missing:
                 raise UserError(f"{path}: column {missing[0]!r} is missing")
-            columns = dict(zip(names, map(list, zip(*rows, strict=False)))) or {name: [] for name in names}
+            columns = dict.fromkeys(names, ()) | dict(zip(names, zip(*rows, strict=False)))
         if not columns["id"]:
             raise UserError(f"{path}: no clips in it")
         try:
@@ -138,7 +139,7 @@ class Clips:
 
     def __getitem__(self, i):
         shard, j = self.locate(i)
-        return {name: column[j] if isinstance(column, list) else column[j].item()
+        return {name: column[j] if isinstance(column, tuple) else column[j].item()
                 for name, column in shard.columns.items()}
 
     def has(self, name, i):
