@@ -607,6 +607,9 @@ def test_damaged_set_is_refused(phantom, tmp_path):
     refused("no split 'other'", Clips, copy, "other")
     refused("video.npy: damaged", Clips, copy, "val")
     refused("column 'frames' is missing", Clips, copy, "test")
+    table = copy / "train/clips.csv"
+    table.write_text(table.read_text().rstrip().rsplit(",", 8)[0])
+    refused("a row is cut short", Clips, copy, "train")
     refused("exists already", prepare, phantom, {}, {}, numbered)
 
 

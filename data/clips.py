@@ -57,6 +57,8 @@ class Shard:
             columns = dict.fromkeys(names, ()) | dict(zip(names, zip(*rows, strict=False)))
         if not columns["id"]:
             raise UserError(f"{path}: no clips in it")
+        if not all(map(len, columns.values())):
+            raise UserError(f"{path}: a row is cut short; the set is damaged, write it again")
         try:
             for name in INTEGERS:
                 columns[name] = np.array([x or 0 for x in columns[name]], np.int64)
