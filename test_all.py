@@ -1,5 +1,6 @@
 """Every test, on the CPU, offline: `python -m pytest test_all.py`. A docstring names the bug it catches."""
 import copy
+import csv
 import json
 import os
 import re
@@ -619,6 +620,34 @@ def test_damaged_set_is_refused(phantom, tmp_path):
     table.write_text(table.read_text().rstrip().rsplit(",", 8)[0])
     refused("a row is cut short", Clips, copy, "train")
     refused("exists already", prepare, phantom, {}, {}, numbered)
+
+
+def test_table_of_clips(tmp_path):
+    """A comma, quote or line end in a text, an unknown number, columns in another order, a blank line or a
+    word for a number, read as something else or ending in a traceback."""
+    writer, said = Writer(tmp_path / "train"), 'A4C, "good"\n, EF,, 60'
+    for i in range(2):
+        writer.add(**numbered(i), text=said, edv_ml=99.5, r_peaks_s=[0.1, 0.7])
+    writer.close()
+    (tmp_path / "meta.json").write_text("{}")
+    table, clips = tmp_path / "train/clips.csv", Clips(tmp_path, "train")
+    row, rows = clips[1], list(csv.DictReader(open(table, newline="")))
+    assert row["id"] == "clip 1" and row["text"] == said.replace("\n", " ")
+    assert (row["start"], row["frames"], row["ecg_start"], row["fps"], row["edv_ml"]) == (4, 4, 0, 25, 99.5)
+    assert np.isnan(row["ef"]) and np.isnan(row["esv_ml"]) and json.loads(row["r_peaks_s"]) == [0.1, 0.7]
+    with open(table, "w", newline="") as file:
+        other = csv.DictWriter(file, list(row)[::-1])
+        other.writeheader()
+        other.writerows(rows)
+        file.write("\r\n")
+    again = Clips(tmp_path, "train")
+    assert len(again) == 2 and str(again[1]) == str(dict(reversed(row.items())))
+    table.write_text(table.read_text().replace("99.5", "99,5"))
+    refused("a row is cut short", Clips, tmp_path, "train")
+    table.write_text(table.read_text().replace("99,5", "much"))
+    refused("'much'", Clips, tmp_path, "train")
+    table.write_text("")
+    refused("column 'id' is missing", Clips, tmp_path, "train")
 
 
 def test_several_sets(tmp_path):

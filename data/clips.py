@@ -13,7 +13,6 @@ training is a function of (seed, item number): the same for any number of proces
 """
 import csv
 import json
-import math
 import mmap
 import re
 from itertools import count, product
@@ -37,36 +36,43 @@ ARRAYS = {"video": np.uint8, "ecg": np.float32, "mask": np.uint8, "volume": np.f
 
 
 class Shard:
-    """One SPLIT folder: the columns of clips.csv (numbers as arrays, text as tuples, which unlike lists are
-    not walked by each garbage collection), its arrays memory-mapped."""
+    """One SPLIT folder: its arrays memory-mapped; of clips.csv the numbers as columns and the lines as they
+    stand, each read when its clip is asked for."""
 
     def __init__(self, folder):
         self.folder = folder
-        self.columns = self.read_table(folder / "clips.csv")
+        self.read_table(folder / "clips.csv")
         self.arrays = {name: self.open(name) for name in ARRAYS if (folder / f"{name}.npy").exists()}
         if "video" not in self.arrays:
             raise UserError(f"{folder}/video.npy is missing: the set is not whole, write it again")
 
     def read_table(self, path):
-        with open(path, newline="") as file:
-            rows = csv.reader(file)
-            names = next(rows, [])
-            missing = [c for c in COLUMNS[:-1] if c not in names]
-            if missing:
-                raise UserError(f"{path}: column {missing[0]!r} is missing")
-            columns = dict.fromkeys(names, ()) | dict(zip(names, zip(*rows, strict=False)))
-        if not columns["id"]:
+        text = path.read_text()
+        lines = [line for line in text.split("\n") if line]
+        self.names, self.lines, self.columns = next(csv.reader(lines), []), lines[1:], {}
+        missing = [c for c in COLUMNS[:-1] if c not in self.names]
+        if missing:
+            raise UserError(f"{path}: column {missing[0]!r} is missing")
+        if not self.lines:
             raise UserError(f"{path}: no clips in it")
-        if not all(map(len, columns.values())):
-            raise UserError(f"{path}: a row is cut short; the set is damaged, write it again")
+        self.row(-1)
+        for gap in (",,", ",,", ",\n"):         # unknown numbers; each second one only the second time
+            text = text.replace(gap, gap[0] + "nan" + gap[1])
+        where = [self.names.index(c) for c in INTEGERS + REALS]
         try:
-            for name in INTEGERS:
-                columns[name] = np.array([x or 0 for x in columns[name]], np.int64)
-            for name in REALS:
-                columns[name] = np.array([x or math.nan for x in columns[name]], np.float64)
+            numbers = np.loadtxt(text.split("\n"), delimiter=",", quotechar='"', comments=None, skiprows=1,
+                                 usecols=where, unpack=True, ndmin=2)
         except ValueError as error:
-            raise UserError(f"{path}: column {name!r}: {error}") from None
-        return columns
+            raise UserError(f"{path}: {error}") from None
+        self.columns = dict(zip(INTEGERS + REALS, numbers))
+        self.columns |= {c: np.nan_to_num(self.columns[c]).astype(np.int64) for c in INTEGERS}
+
+    def row(self, j):
+        """Clip j as {column: value}."""
+        fields = next(csv.reader([self.lines[j]]))
+        if len(fields) != len(self.names):
+            raise UserError(f"{self.folder}/clips.csv: a row is cut short; the set is damaged, write it anew")
+        return dict(zip(self.names, fields)) | {name: x[j].item() for name, x in self.columns.items()}
 
     def open(self, name):
         path, columns = self.folder / f"{name}.npy", self.columns
@@ -121,8 +127,8 @@ class Clips:
                 raise UserError(f"{folders[0]} and {folder} have not the same {key}")
         if not self.shards:
             raise UserError(f"{', '.join(map(str, folders))}: no split {split!r} in it")
-        self.ends = np.cumsum([len(s.columns["id"]) for s in self.shards])
-        sizes = [sum(len(s.columns["id"]) for s in some) for some in shards]
+        self.ends = np.cumsum([len(s.lines) for s in self.shards])
+        sizes = [sum(len(s.lines) for s in some) for some in shards]
         self.sets = [range(end - size, end) for size, end in zip(sizes, np.cumsum(sizes)) if size]
         alike = all(meta.get("leads") == self.meta.get("leads") for meta in metas)
         self.leads = self.meta.get("leads", []) if alike else []
@@ -141,8 +147,7 @@ class Clips:
 
     def __getitem__(self, i):
         shard, j = self.locate(i)
-        return {name: column[j] if isinstance(column, tuple) else column[j].item()
-                for name, column in shard.columns.items()}
+        return shard.row(j)
 
     def has(self, name, i):
         """Whether the set of clip i has that array."""
@@ -235,7 +240,7 @@ class RandomWindows(Dataset):
         self.group, self.seed, self.noise = group, seed, noise
         self.channels, self.vary_video, self.vary_rate = channels, vary_video, vary_rate
         self.anchor, self.text = anchor, text
-        if text is not None and any("text" not in s.columns for s in clips.shards):
+        if text is not None and any("text" not in s.names for s in clips.shards):
             raise UserError("the clips of the set have no text")
         if samples and not clips.leads:
             raise UserError("the set has no ECG; of several, one has none, or other leads than another")

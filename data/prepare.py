@@ -34,7 +34,8 @@ class Writer:
         row = {"start": starts["video"][0], "frames": starts["video"][1]} | clip
         if "ecg" in starts:
             row |= {"ecg_start": starts["ecg"][0], "ecg_samples": starts["ecg"][1]}
-        self.rows.append(row)
+        self.rows.append({key: " ".join(value.splitlines()) if isinstance(value, str) else value
+                          for key, value in row.items()})       # a clip is one line
 
     def append(self, name, array):
         """Append to NAME.npy; returns (first row, number of rows)."""
