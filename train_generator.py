@@ -56,7 +56,6 @@ class TrainConfig(GeneratorConfig):
     drop_ecg: float = 0.10          # clips whose ECG (or text) is replaced by the null context
     drop_phrase: float = 0.15       # phrases of a text that are left out
     augment: bool = False           # vary the contrast of each window; turn, scale and shift it
-    vary_rate: float = 0.0          # windows play up to this share faster or slower, the ECG with them
     redraw_share: float = 0.40      # clips whose ECG is drawn as by another recorder
     hide_share: float = 0.20        # clips with a span of the ECG hidden
     anchor_share: float = 0.90      # clips with a prefix that also see an anchor, another frame of the video
@@ -239,14 +238,13 @@ def main():
     check_fits(config, tokenizer, encoder)
     T, N = tokenizer.latent_frames, tokenizer.grid ** 2
     vary, text = partial(redraw_ecg, share=config.redraw_share), config.condition == "text"
-    view = vary_view if config.augment else None
     train, val = (RandomWindows(Clips(config.data, split), tokenizer.config.frames, samples, clean_ecg,
                                 config.batch * world, config.seed, draws(None, T * N), vary,
                                 tokenizer.config.channels, anchor=(config.ecg_before, config.ecg_after),
-                                text=left_out if text else None, vary_rate=rate, vary_video=view)
-                  for split, vary, rate, left_out, view in (
-                      ("train", vary, config.vary_rate, config.drop_phrase, view),
-                      ("val", None, 0, 0, None)))
+                                text=left_out if text else None, vary_video=view)
+                  for split, vary, left_out, view in (
+                      ("train", vary, config.drop_phrase, vary_view if config.augment else None),
+                      ("val", None, 0, None)))
 
     # ---- model
     shape = model_config(config, GeneratorConfig)

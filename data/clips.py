@@ -180,12 +180,6 @@ def cut_ecg(ecg, first, samples):
     return out
 
 
-def play(ecg, rate):
-    """An ECG (L, N) `rate` times as fast, (L, about N / rate)."""
-    at = np.arange(0, ecg.shape[-1], rate)
-    return np.stack([np.interp(at, np.arange(ecg.shape[-1]), lead) for lead in ecg]).astype(np.float32)
-
-
 def as_video(frames, channels=0):
     """(T, H, W, C) uint8 -> (C, T, H, W) in [0, 1]; channels: grey repeated to 3, colour averaged to 1."""
     video = torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 255
@@ -231,15 +225,14 @@ class RandomWindows(Dataset):
     clip, and anchor_ecg, the ECG around it. With `text`: the clip's text, each phrase left out at that share.
     Items of one `group` (a step's batch over all processes) share leads: half of the groups see one lead, a
     quarter 2 or 3, the rest all. vary(ecg, rng) alters a cleaned ECG, vary_video(video, rng) the frames
-    (T, H, W, C) uint8; with vary_rate v, video and ECG play 1 / (1 + v) to 1 + v times as fast.
+    (T, H, W, C) uint8.
     """
 
     def __init__(self, clips, frames, samples=0, clean=None, group=1, seed=0, noise=0, vary=None, channels=0,
-                 vary_video=None, anchor=None, text=None, vary_rate=0):
+                 vary_video=None, anchor=None, text=None):
         self.clips, self.frames, self.samples, self.clean, self.vary = clips, frames, samples, clean, vary
         self.group, self.seed, self.noise = group, seed, noise
-        self.channels, self.vary_video, self.vary_rate = channels, vary_video, vary_rate
-        self.anchor, self.text = anchor, text
+        self.channels, self.vary_video, self.anchor, self.text = channels, vary_video, anchor, text
         if text is not None and any("text" not in s.names for s in clips.shards):
             raise UserError("the clips of the set have no text")
         if samples and not clips.leads:
@@ -261,8 +254,6 @@ class RandomWindows(Dataset):
         start = int(rng.integers(row["frames"] - self.frames + 1))
         video = self.clips.per_frame("video", i, start, self.frames)               # T H W C
         noise = torch.from_numpy(rng.random(self.noise, np.float32))
-        rate = (1 + self.vary_rate) ** rng.uniform(-1, 1) if self.vary_rate else 1
-        row |= {"fps": row["fps"] * rate, "ecg_offset_s": row["ecg_offset_s"] / rate}
         frame = int(rng.integers(row["frames"])) if self.anchor else 0
         if self.anchor:             # at the end of the window, so that whatever varies it varies both
             video = np.concatenate([video, self.clips.per_frame("video", i, frame, 1)])
@@ -270,7 +261,7 @@ class RandomWindows(Dataset):
         item = {"video": video[:, :self.frames], "clip": i, "fps": row["fps"], "noise": noise}
         if self.samples:
             leads = self.choose_leads(n)
-            ecg = play(self.clean(self.clips.ecg(i, leads)), rate)
+            ecg = self.clean(self.clips.ecg(i, leads))
             ecg = self.vary(ecg, rng) if self.vary else ecg
             middle = (start + self.frames / 2) / row["fps"] - row["ecg_offset_s"]
             first = round(middle * ECG_HZ) - self.samples // 2
