@@ -332,13 +332,10 @@ def test_hidden_ecg(tiny):
 
 
 def test_masks():
-    """Known frames masked, a share that is not the cosine schedule's, or a length of prefix left out."""
+    """Known frames masked, or a share that is not the cosine schedule's."""
     config, noise = train_generator.TrainConfig(), torch.rand(400, 3 + 6 * 64)
-    masked, known, follows = train_generator.choose_masked(config, noise, 6, 64)
-    masked = masked.any(-1)                                                         # B T
+    masked = train_generator.choose_masked(config, noise, 6, 64)[0].any(-1)           # B T
     assert masked.any(-1).all() and abs(masked[:, 0].float().mean() - 0.15) < 0.06  # 15 %: nothing known
-    assert follows.float().mean() == (noise[:, 0] >= 0.5).float().mean()
-    assert known[follows].unique().tolist() == [1, 2, 3, 4, 5] and known[~follows].unique().tolist() == [0, 1]
     share = train_generator.choose_masked(config, noise, 6, 64, known=1)[0].float().mean((1, 2)) * 6 / 5
     assert torch.allclose(share, masked_share(noise[:, 1]), atol=0.01)
 
@@ -347,10 +344,9 @@ def test_prefixes_are_as_sampling_has_them(tiny):
     """Training on prefixes cleaner than sampling's own, which fades; or other tokens changed with them."""
     index = tiny.tokenizer.encode(torch.rand(4, 1, 11, 64, 64))
     again = tiny.tokenizer.encode(tiny.tokenizer.decode(index))
-    known, follows = torch.tensor([0, 1, 1, 5]), torch.tensor([False, False, True, True])
-    found = train_generator.as_sampled(tiny.tokenizer, index, known, follows)
-    assert torch.equal(found[:2], index[:2]) and not torch.equal(again[2, 0], index[2, 0])
-    assert all(torch.equal(found[i], torch.cat([again[i, :n], index[i, n:]])) for i, n in ((2, 1), (3, 5)))
+    found = train_generator.as_sampled(tiny.tokenizer, index, torch.tensor([0, 1, 2, 5]))
+    assert torch.equal(found[:2], index[:2]) and not torch.equal(again, index)
+    assert all(torch.equal(found[i], torch.cat([again[i, :n], index[i, n:]])) for i, n in ((2, 2), (3, 5)))
 
 
 def test_anchor(tiny):
@@ -363,14 +359,13 @@ def test_anchor(tiny):
                         for a, e in ((cond.anchor, ecg), (anchor, ecg), (anchor, ecg.roll(40, -1))))
     assert not torch.allclose(late, seen, atol=1e-4)
     assert none.shape == seen.shape and not torch.allclose(none, seen, atol=1e-3)
-    follows, noise = torch.tensor([False, True, True]), torch.tensor([[0.1], [0.95], [0.1]])
-    chosen = train_generator.choose_anchor(noise, torch.ones(3, 8, 8, dtype=torch.long), follows, 0.9)
-    assert chosen.amin((1, 2)).tolist() == [-1, -1, 1]
+    known, noise = torch.tensor([0, 1, 2, 5]), torch.tensor([[0.1], [0.1], [0.95], [0.1]])
+    chosen = train_generator.choose_anchor(noise, torch.ones(4, 8, 8, dtype=torch.long), known, 0.9)
+    assert chosen.amin((1, 2)).tolist() == [-1, -1, -1, 1]
     fade = train_generator.choose_fade(torch.cat([torch.tensor([[0.1], [0.9]]), torch.rand(2, 16)], 1), 0.5)
     assert fade[0].min() >= 0.5 and fade[0].max() <= 1.2 and fade[0].std() > 0.05 and (fade[1] == 1).all()
     index = tiny.tokenizer.encode(torch.rand(2, 1, 11, 64, 64))
-    a, b = (train_generator.as_sampled(tiny.tokenizer, index, torch.tensor([3, 3]), torch.ones(2) > 0, x)
-            for x in (None, fade))
+    a, b = (train_generator.as_sampled(tiny.tokenizer, index, torch.tensor([3, 3]), x) for x in (None, fade))
     assert not torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and torch.equal(b[:, 3:], index[:, 3:])
 
 

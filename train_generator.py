@@ -52,7 +52,7 @@ class TrainConfig(GeneratorConfig):
     clip_norm: float = 1.0          # gradient norm is clipped here
     ema: float = 0.98               # EMA of the weights, every 10 steps
     none_share: float = 0.15        # clips trained without any known frame
-    prefix_share: float = 0.50      # clips told the end of the window before; the rest know the first frame
+    prefix_share: float = 0.50      # clips with two or more known latent frames; the rest know the first
     drop_ecg: float = 0.10          # clips whose ECG (or text) is replaced by the null context
     drop_phrase: float = 0.15       # phrases of a text that are left out
     augment: bool = False           # vary the contrast of each window; turn, scale and shift it
@@ -107,23 +107,21 @@ def draws(noise, tokens):
 
 
 def choose_masked(config, noise, T, N, known=None):
-    """Masks of a batch from its uniform numbers, noise (B, 3 + T N) -> masked (B, T, N) bool; how many latent
-    frames are known (B,); where they are the prefix of a window that follows another one (B,).
+    """Masks of a batch from its uniform numbers, noise (B, 3 + T N) -> masked (B, T, N) bool, known (B,).
 
-    Known latent frames (none, the video's first, or a prefix of one or more; `known` fixes how many, two or
-    more are a prefix) are never masked; of the other tokens the cosine schedule masks a share, at least one.
+    Known latent frames (none, the first, or a prefix; `known` fixes how many) are never masked; of the other
+    tokens the cosine schedule masks a share, at least one.
     """
     kind, share, length = noise[:, 0], noise[:, 1], noise[:, 2]
-    follows = kind >= 1 - config.prefix_share if known is None else torch.full_like(kind, known) > 1
-    prefix = 1 + (length * (T - 1)).long()                                                  # 1 .. T-1
-    chosen = torch.where(kind < config.none_share, 0, torch.where(follows, prefix, 1))
+    prefix = 2 + (length * (T - 2)).long()                                                  # 2 .. T-1
+    chosen = torch.where(kind < config.none_share, 0, torch.where(kind < 1 - config.prefix_share, 1, prefix))
     known = chosen if known is None else torch.full_like(chosen, known)                     # B
     free = (T - known) * N
     many = (masked_share(share) * free).ceil().clamp(min=1)                                 # B
     order = noise[:, 3:3 + T * N].reshape(-1, T, N)
     order = order.masked_fill(torch.arange(T, device=noise.device)[:, None] < known[:, None, None],
                               2).flatten(1)
-    return (order.argsort(1).argsort(1) < many[:, None]).reshape(-1, T, N), known, follows
+    return (order.argsort(1).argsort(1) < many[:, None]).reshape(-1, T, N), known
 
 
 def choose_hidden(noise, samples, share):
@@ -134,10 +132,10 @@ def choose_hidden(noise, samples, share):
     return (away < length / 2) & (noise[:, :1] < share)
 
 
-def choose_anchor(noise, index, follows, share):
+def choose_anchor(noise, index, known, share):
     """Tokens (B, h, w) of the anchor frames, -1 where a clip sees none: a window that follows another one
-    mostly has an anchor, the first has none. noise (B, 1) uniform."""
-    return index.masked_fill(((noise[:, 0] > share) | ~follows)[:, None, None], -1)
+    (two or more known latent frames) mostly has an anchor, the first has none. noise (B, 1) uniform."""
+    return index.masked_fill(((noise[:, 0] > share) | (known < 2))[:, None, None], -1)
 
 
 def choose_fade(noise, share):
@@ -146,20 +144,20 @@ def choose_fade(noise, share):
     return torch.where(noise[:, :1, None, None, None] < share, gain, 1)
 
 
-def as_sampled(tokenizer, index, known, follows, fade=None):
-    """index (B, T, h, w) with the prefixes of windows that follow another one as sampling has them: encoded
-    again from what was decoded, and faded by the gains of `fade` (B, 1, 1, 4, 4).
+def as_sampled(tokenizer, index, known, fade=None):
+    """index (B, T, h, w) with known prefixes as sampling has them: encoded again from what was decoded, and
+    faded by the gains of `fade` (B, 1, 1, 4, 4).
 
     Without it each window would take the small losses of the one before for the truth, and add its own.
     """
-    if not follows.any():
+    frame, prefixed = torch.arange(index.shape[1], device=index.device), known > 1
+    if not prefixed.any():
         return index
-    again, video = index.clone(), tokenizer.decode(index[follows])                          # B C T H W
+    again, video = index.clone(), tokenizer.decode(index[prefixed])                         # B C T H W
     if fade is not None:
-        video = video * F.interpolate(fade[follows], size=(1, *video.shape[-2:]), mode="trilinear")
-    again[follows] = tokenizer.encode(video.clamp(0, 1))
-    frame = torch.arange(index.shape[1], device=index.device)
-    prefix = (frame < known[:, None]) & follows[:, None]                                    # B T
+        video = video * F.interpolate(fade[prefixed], size=(1, *video.shape[-2:]), mode="trilinear")
+    again[prefixed] = tokenizer.encode(video.clamp(0, 1))
+    prefix = (frame < known[:, None]) & prefixed[:, None]                                   # B T
     return torch.where(prefix[..., None, None], again, index)
 
 
@@ -217,9 +215,9 @@ def evaluate(model, tokenizer, data, config, device, rank, world, items=64):
         wrong = batch | {k: [x[-1], *x[:-1]] if k == "text" else x.roll(1, 0) for k, x in batch.items()
                          if k in ("ecg", "ecg_start", "anchor_ecg", "text")}
         for name, known in (("first", 1), ("prefix", index.shape[1] // 2)):
-            masked, many, follows = choose_masked(config, u["masked"], *index.flatten(2).shape[1:], known)
-            given, masked = as_sampled(tokenizer, index, many, follows), masked.reshape(index.shape)
-            anchor = choose_anchor(u["anchor"], tokenizer.encode(batch["anchor"])[:, 0], follows, 1)
+            masked, many = choose_masked(config, u["masked"], index.shape[1], index[0, 0].numel(), known)
+            given, masked = as_sampled(tokenizer, index, many), masked.reshape(index.shape)
+            anchor = choose_anchor(u["anchor"], tokenizer.encode(batch["anchor"])[:, 0], many, 1)
             for ecg, told in zip(which, (batch, wrong)):
                 loss = masked_mean(model(given, masked, told, anchor), masked)
                 sums[f"val_{name}_{ecg}"] += loss.item() * config.batch * world / items
@@ -298,11 +296,11 @@ def main():
             with bfloat16(device, config.bf16):
                 index = tokenizer.encode(batch["video"])                                    # B T' h w
                 u = draws(batch["noise"], T * N)
-                masked, known, follows = choose_masked(config, u["masked"], T, N)
-                fade, masked = choose_fade(u["fade"], config.fade_share), masked.reshape(index.shape)
-                index = as_sampled(tokenizer, index, known, follows, fade)
+                masked, known = choose_masked(config, u["masked"], T, N)
+                fade = choose_fade(u["fade"], config.fade_share)
+                index, masked = as_sampled(tokenizer, index, known, fade), masked.reshape(index.shape)
                 anchor = tokenizer.encode(batch["anchor"])[:, 0]
-                anchor = choose_anchor(u["anchor"], anchor, follows, config.anchor_share)
+                anchor = choose_anchor(u["anchor"], anchor, known, config.anchor_share)
                 hidden = choose_hidden(u["hidden"], samples, config.hide_share)
                 told = batch, anchor, u["drop"][:, 0] < config.drop_ecg, hidden
                 if config.critic == "none":
