@@ -29,7 +29,7 @@ from data.clips import LEADS, Clips, RandomWindows, as_video, batches, cut_ecg, 
 from data.ecg import clean_ecg, find_r_peaks, redraw_ecg
 from data.ecg_files import read_ecg
 from data.flags import UserError, field_comments, parse_flags
-from data.phantom import PhantomConfig, list_jobs, make_clip, make_ecg
+from data.phantom import PhantomConfig, ecg_of_beats, list_jobs, make_clip, make_ecg, usual_systole
 from data.prepare import Writer, prepare
 from ecg_encoder import EcgConfig, EcgEncoder, MaskedAutoencoder
 from generator import (SCORERS, Generator, GeneratorConfig, condition, draw, fill_in, guide, halton,
@@ -757,8 +757,9 @@ class Bright(torch.nn.Module):
 
 def test_ecg_for_echonet(tmp_path):
     """R peaks that are not at the last maximum before the ventricle contracts (but where it is largest: by
-    chance, long before), or not where the experts traced ED; a TorchScript segmenter that is not asked, or
-    asked where all is traced; an ECG for a heart that stands still; beats that --every moves."""
+    chance, long before), or not where the experts traced ED; a T wave that says nothing of the systole; a
+    TorchScript segmenter that is not asked, or asked where all is traced; an ECG for a heart that stands
+    still; beats that --every moves; a heart at another rate that leaves its R peaks."""
     def curve(r_peaks):         # 1 at the end of each systole, below 0 as it begins, and more so long before
         wave = [np.sin(np.pi * ((np.arange(110) / 50 - r_peaks[:, None] + early) / 0.4).clip(0, 1)) ** 2
                 for early in (0, 0.2, 0.55)]
@@ -791,6 +792,19 @@ def test_ecg_for_echonet(tmp_path):
         clip = echonet_dynamic.make_clip((row, traced), tmp_path, 64, 1, 11, every, net)
         assert clip["r_peaks_s"] == pytest.approx([0.5, 1.3], abs=0.04)
         assert len(clip["video"]) == len(clip["mask"]) == frames and clip["fps"] == 50 / every
+    other = echonet_dynamic.make_clip((row, traced), tmp_path, 64, 1, 11, 1, net, any_hr=1)
+    found, frames = echonet_dynamic.find_beats(other["mask"].sum((1, 2)), 50)[0], len(other["video"])
+    assert found == pytest.approx(other["r_peaks_s"], abs=0.05)
+    assert np.diff(found) == pytest.approx(0.8 * frames / 110, abs=0.1) and abs(frames - 110) > 10
+    refused("needs a --segmenter", call, echonet_dynamic.main, *flags, "--any_hr=1", f"--out={tmp_path / 'no'}")
+    beats, late = 0.5 + np.arange(6), np.arange(50, 150)        # seconds; samples after R where T is
+    for qt in (0.8, 1, 1.3):
+        ecg = ecg_of_beats(0, beats, 6.5, qt * usual_systole(1))[:, 1]
+        t_wave = np.mean([ecg[round(250 * (1 + r)) + late] for r in beats], 0).argmax() + 50
+        assert t_wave / 250 == pytest.approx(0.278 * qt, abs=0.02)
+        slow = make_clip(5, fps=50, frames=128, size=32, hr=60, rhythm="sinus", qt=qt)
+        found, ends = echonet_dynamic.find_beats(slow["volume"], 50)
+        assert np.nanmedian(ends - found) - echonet_dynamic.RELAX_S == pytest.approx(0.38 * qt, abs=0.03)
     refused("TorchScript", heart.load_segmenter, tmp_path / "FileList.csv", 1)
 
 
@@ -934,6 +948,8 @@ def test_phantom(phantom):
     rates = np.array([job[4] for job in jobs["train"]])
     assert 40 < (rates > 0).sum() < 80 and 35 <= rates[rates > 0].min() < 45 and 150 < rates.max() <= 175
     assert not any(job[4] for job in jobs["val"])
+    qt = np.array([job[5] for job in list_jobs(PhantomConfig(clips=200, val=9, test=0, any_qt=0.3))["train"]])
+    assert 40 < (qt != 1).sum() < 80 and 0.8 <= qt.min() < 0.85 and 1.35 < qt.max() <= 1.4
     assert (Clips(phantom, "test").per_frame("video", 1) == make_clip((0, 2, 1), frames=32)["video"]).all()
 
 

@@ -8,7 +8,9 @@ are the experts'. The two frames that they traced have masks.
 The set has no ECG. With --segmenter=FOLDER each clip gets one: R peaks at the traced end-diastole and at the
 last maximum of the LV area (the segmenter's, or the experts' where they traced each frame) before each other
 fall, and ECGSYN waves around them (data/phantom.py), whose shape says nothing of the EF unless --ecg_ef asks
-for it. meta.json marks it "synthetic". --every=K keeps each K-th frame; the beats are found in all of them.
+for it; where the T wave comes tells how long systole lasts, as in a recorded ECG. meta.json marks it
+"synthetic". --every=K keeps each K-th frame; the beats are found in all of them. --any_hr lets a share of the
+training clips beat at another rate: few patients then teach more of how a heart follows its ECG.
 """
 import csv
 import math
@@ -27,8 +29,8 @@ from scipy.signal import find_peaks
 from data.clips import LEADS, UNTRACED
 from data.flags import UserError, parse_flags, run_main
 from data.heart import is_still, is_traced, load_segmenter, masks_of
-from data.measures import parabola_top, smooth, swing
-from data.phantom import MARGIN_S, ecg_of_beats
+from data.measures import middle, parabola_top, smooth, swing
+from data.phantom import MARGIN_S, ecg_of_beats, usual_systole
 from data.prepare import prepare
 from data.webvid import read_video
 
@@ -43,6 +45,7 @@ class EchonetConfig:
     least: int = 11             # a video of which fewer frames are kept is left out
     segmenter: str = ""         # a folder with a segmenter.pt, or a TorchScript file: gives each clip an ECG
     ecg_ef: bool = False        # let the ECG show the EF
+    any_hr: float = 0.0         # share of the training clips played at any heart rate, 45 to 150 a minute
     seed: int = 0               # of the ECGs; the splits are the official ones
     workers: int = 0            # processes; 0: one a core
 
@@ -53,6 +56,7 @@ PIXELS = 112
 SAME_BEAT_S = 0.3                   # an R peak nearer to the traced ED frame than this is of the same beat
 MIN_FALL = 0.35                     # of the area's swing: a systole falls by more
 BEGUN = 0.08                        # of that fall: it has begun
+RELAX_S = 0.03                      # before the smallest area ejection ends: the median of the phantom
 
 
 def read_table(path, columns):
@@ -111,14 +115,15 @@ def segmenter_once(path, channels):
     return load_segmenter(path, channels)
 
 
-def ends_of_diastole(area, fps):
-    """R peaks (n,) in seconds: the last maximum of the LV area (T,) before each fall, found between frames.
+def find_beats(area, fps):
+    """R peaks (n,) and ends of systole (n,) in seconds, from an LV area (T,): the last maximum before each
+    fall, and the minimum after it, both found between frames; nan where the video ends in the fall.
 
     Not the largest of the beat: after filling, the area often rests on a plateau of half a second, and which
     of its maxima is the largest is chance. An R peak there would come long before the contraction.
     """
     if is_still(area, fps):
-        return np.array([])
+        return np.zeros((2, 0))
     a, height, start, found = smooth(area, fps), swing(area, fps), 0, []
     for end in find_peaks(np.append(-a, -a.max()), prominence=MIN_FALL * height)[0]:
         level = (1 - BEGUN) * a[start:end + 1].max() + BEGUN * a[end]
@@ -126,12 +131,29 @@ def ends_of_diastole(area, fps):
         if t:               # a fall from frame 0 on may have begun before it
             while t > start and a[t - 1] >= a[t]:
                 t -= 1
-            found.append((t + parabola_top(a, t)) / fps)
+            stop = end + parabola_top(-a, end) if end < len(a) - 1 else math.nan
+            found.append((t + parabola_top(a, t), stop))
         start = end
-    return np.array(found)
+    return np.array(found).reshape(-1, 2).T / fps
 
 
-def make_clip(job, src, size, channels, least, every=1, segmenter="", ecg_ef=False, seed=0, masked=True):
+def at_rate(r_peaks, systole, frames, fps, hr):
+    """The frames that show a video at heart rate hr, the R peaks (n,) then, and the systole, in seconds.
+
+    Systoles get longer or shorter as usual_systole does with the rate, and diastoles take the rest.
+    """
+    gap = np.median(np.diff(r_peaks))
+    short = systole * usual_systole(60 / hr) / usual_systole(gap)
+    r = np.r_[r_peaks[0] - gap * np.arange(9, 0, -1), r_peaks, r_peaks[-1] + gap * np.arange(1, 10)]
+    old = np.ravel([r, r + systole], "F")
+    new = np.ravel([r, r], "F") * 60 / hr / gap + np.resize([0, short], len(old))
+    new -= np.interp(0, old, new)                                       # the first frame stays the first
+    at = np.interp(np.arange(0, np.interp(frames / fps, old, new), 1 / fps), new, old)
+    return (at * fps).round().astype(int).clip(0, frames - 1), np.interp(r_peaks, old, new), short
+
+
+def make_clip(job, src, size, channels, least, every=1, segmenter="", ecg_ef=False, any_hr=0.0, seed=0,
+              masked=True):
     """(A row of FileList.csv, its tracings) -> the clip as Writer.add takes it."""
     row, traced = job
     name = row["FileName"].removesuffix(".avi")
@@ -146,32 +168,37 @@ def make_clip(job, src, size, channels, least, every=1, segmenter="", ecg_ef=Fal
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     video, _ = read_video(path, size, channels)
-    kept = video[::every]
-    if len(video) < stated or len(kept) < least:
-        raise UserError(f"{path}: {len(video)} frames, FileList.csv says {stated}; {len(kept)} kept, "
-                        f"--least={least}")
-    clip = dict(id=name, video=kept, fps=fps / every, view="A4C", ef=ef, esv_ml=esv, edv_ml=edv,
-                text=f"A4C view, EF {ef:.0f}")
+    if len(video) < stated:
+        raise UserError(f"{path}: {len(video)} frames, FileList.csv says {stated}")
     if traced and not 0 <= min(traced) <= max(traced) < len(video):
         raise UserError(f"{name}: VolumeTracings.csv has frame {max(traced)}, the video {len(video)} frames")
     if any(len(chords) < 3 for chords in traced.values()):
         raise UserError(f"{name}: VolumeTracings.csv has an axis and fewer than two chords of it")
-    mask = draw_masks(traced, len(video), size)
-    if masked:
-        clip["mask"] = mask[::every]
+    clip = dict(id=name, fps=fps / every, view="A4C", ef=ef, esv_ml=esv, edv_ml=edv,
+                text=f"A4C view, EF {ef:.0f}")
+    mask, shown = draw_masks(traced, len(video), size), np.arange(len(video))
     if segmenter:
         whole = is_traced(mask).all()
         found = mask if whole else np.concatenate(list(masks_of(segmenter_once(segmenter, channels), video)))
-        r_peaks = ends_of_diastole(found.sum((1, 2)), fps)
+        r_peaks, ends = find_beats(found.sum((1, 2)), fps)
+        systole = middle((ends - r_peaks)[~np.isnan(ends)]) - RELAX_S
         if traced and not whole:
             ed = max(traced, key=lambda k: mask[k].sum()) / fps
             r_peaks = np.sort(np.append(r_peaks[np.abs(r_peaks - ed) > SAME_BEAT_S], ed))
         if not len(r_peaks):
             raise UserError(f"{name}: no beat is seen in it, so no ECG can be made")
         key = seed, zlib.crc32(name.encode())
-        clip |= dict(ecg=ecg_of_beats(key, r_peaks, len(video) / fps, ef if ecg_ef else None),
-                     ecg_offset_s=-MARGIN_S, r_peaks_s=[round(float(t), 3) for t in r_peaks])
-    return clip
+        share, rate = np.random.default_rng((*key, 1)).random(2)
+        if row["Split"].strip().lower() == "train" and share < any_hr:
+            if len(r_peaks) < 2 or math.isnan(systole):
+                raise UserError(f"{name}: no whole beat is seen in it, so it has no other rate")
+            shown, r_peaks, systole = at_rate(r_peaks, systole, len(video), fps, 45 * (150 / 45) ** rate)
+        ecg = ecg_of_beats(key, r_peaks, len(shown) / fps, systole, ef if ecg_ef else None)
+        clip |= dict(ecg=ecg, ecg_offset_s=-MARGIN_S, r_peaks_s=[round(float(t), 3) for t in r_peaks])
+    shown = shown[::every]
+    if len(shown) < least:
+        raise UserError(f"{path}: {len(shown)} frames kept, --least={least}")
+    return clip | dict(video=video[shown]) | (dict(mask=mask[shown]) if masked else {})
 
 
 def main():
@@ -179,6 +206,8 @@ def main():
     print(config)
     if config.channels not in (1, 3) or min(config.size, config.least, config.every) < 1:
         raise UserError("channels is 1 or 3; size, least and every are 1 or more")
+    if not 0 <= config.any_hr <= bool(config.segmenter):
+        raise UserError(f"--any_hr={config.any_hr:g} is a share, 0 to 1, and needs a --segmenter")
     if config.segmenter:        # before the work begins
         load_segmenter(config.segmenter, config.channels)
     jobs, rows, traced = {"train": [], "val": [], "test": []}, file_list(config.src), tracings(config.src)
@@ -191,7 +220,7 @@ def main():
                 width=config.size, channels=config.channels, source="echonet_dynamic",
                 leads=LEADS if config.segmenter else [], ecg="synthetic" if config.segmenter else "none",
                 command=" ".join(["data.echonet_dynamic", *sys.argv[1:]]))
-    keys = "src", "size", "channels", "least", "every", "segmenter", "ecg_ef", "seed"
+    keys = "src", "size", "channels", "least", "every", "segmenter", "ecg_ef", "any_hr", "seed"
     how = {key: getattr(config, key) for key in keys} | {"masked": bool(traced)}
     prepare(config.out, meta, jobs, partial(make_clip, **how), config.workers)
 

@@ -41,6 +41,7 @@ class PhantomConfig:
     frames: int = 64               # frames a clip
     hr: float = 0.0                # heart rate of all clips, beats a minute; 0 = drawn
     any_hr: float = 0.0            # share of the training clips with any heart rate, 35 to 175 a minute
+    any_qt: float = 0.0            # share of them with QT interval and systole 0.8 to 1.4 times the usual
     views: str = "A4C"             # of the clips, drawn from this list: A4C, A2C
     rhythm: str = ""               # sinus, ectopic, pause, asystole, flat or af for all clips; empty = drawn
     seed: int = 0                  # the same seed gives the same bytes, whatever the number of workers
@@ -71,7 +72,7 @@ def draw_signs(rng, ef=None):
     return signs, float(np.clip(74 - 60 * SIGNS @ signs + 1.2 * rng.standard_normal(), 15, 75))
 
 
-def draw_rhythm(rng, start, end, hr, rhythm):
+def draw_rhythm(rng, start, end, hr, rhythm, qt):
     """Beats from before `start` to after `end` (s): R times r, interval before rr, ectopic, p (has a P)."""
     af, rr0, r, phase = rhythm == "af", 60 / hr, [start - 4 + rng.random()], rng.uniform(0, 6.28, 2)
     while r[-1] < end + 1:
@@ -88,7 +89,7 @@ def draw_rhythm(rng, start, end, hr, rhythm):
               "asystole": [(stop, np.inf), (-np.inf, stop)][rng.integers(2)]}.get(rhythm, (0, 0))
     r, ectopic = (x[(r <= silent[0]) | (r >= silent[1])] for x in (r, ectopic))
     rr = np.minimum(np.diff(r, prepend=r[:1] - rr0), 1.15 * rr0)        # after a pause, a usual beat
-    return SimpleNamespace(r=r, rr=rr, ectopic=ectopic, p=~ectopic & (not af), rr0=rr0, af=af)
+    return SimpleNamespace(r=r, rr=rr, ectopic=ectopic, p=~ectopic & (not af), rr0=rr0, af=af, qt=qt)
 
 
 def draw_ecg(rng, time, beats, signs, noise):
@@ -100,7 +101,7 @@ def draw_ecg(rng, time, beats, signs, noise):
     strange = np.outer([0, -0.1, 1.4, 0.1, -0.45], turn @ rng.normal([-0.6, 0.9, -0.7], 0.15))
     for r, rr, ectopic, p in zip(beats.r, beats.rr, beats.ectopic, beats.p):
         h, near = np.sqrt(1 / rr), np.abs(time - r) < 1                  # ECGSYN: shape follows sqrt(HR / 60)
-        stretch = np.array([1, *[1.9 if ectopic else 0.75 + 0.75 * wide] * 3, 1]) * rr / 6.283
+        stretch = np.array([1, *[1.9 if ectopic else 0.75 + 0.75 * wide] * 3, beats.qt]) * rr / 6.283
         centre = r + ANGLE * [h ** .5, h, 1, h, h ** .5] * stretch
         waves = np.exp(-0.5 * ((time[near, None] - centre) / (WIDTH * h * stretch)) ** 2) * [p, 1, 1, 1, 1]
         dipole[near] += waves @ (strange if ectopic else usual) * (1 + 0.03 * np.sin(1.6 * r))
@@ -114,20 +115,29 @@ def draw_ecg(rng, time, beats, signs, noise):
     return np.concatenate([limb, ecg[:, 2:]], 1).astype(np.float32)
 
 
-def make_ecg(seed, seconds, start=0.0, hr=None, rhythm="sinus", ef=None, noise=1.0):
-    """An ECG alone: ecg (N, 12) mV at 250 Hz, r_peaks (s), beats, signs (4,), ef in points, hr a minute."""
+def make_ecg(seed, seconds, start=0.0, hr=None, rhythm="sinus", ef=None, noise=1.0, qt=1.0):
+    """An ECG alone: ecg (N, 12) mV at 250 Hz, r_peaks (s), beats, signs (4,), ef in points, hr a minute.
+
+    qt: when the T wave comes, and how wide it is, over the usual.
+    """
     rng = np.random.default_rng(seed)
     hr, (signs, ef) = float(hr or np.clip(rng.gamma(9, 4.5) + 38, 45, 140)), draw_signs(rng, ef)
-    beats = draw_rhythm(rng, start, start + seconds, hr, rhythm)
+    beats = draw_rhythm(rng, start, start + seconds, hr, rhythm, qt)
     ecg = draw_ecg(rng, start + np.arange(round(seconds * ECG_HZ)) / ECG_HZ, beats, signs, noise)
     r_peaks = beats.r[(beats.r >= start) & (beats.r < start + seconds)]
     return SimpleNamespace(ecg=ecg, r_peaks=r_peaks, beats=beats, signs=signs, ef=ef, hr=hr)
 
 
-def ecg_of_beats(seed, r_peaks, seconds, ef=None):
+def usual_systole(rr):
+    """Seconds from R to the end of systole in a beat after `rr` seconds: Weissler's QS2 less 40 ms Q to R."""
+    return 0.506 - 0.0021 * min(60 / rr, 150)
+
+
+def ecg_of_beats(seed, r_peaks, seconds, systole=np.nan, ef=None):
     """An ECG (N, 12) in mV for a video of `seconds` that shows its R peaks at r_peaks (s), one or more: from
     MARGIN_S before it to MARGIN_S behind it, where the beats go on at their median interval.
 
+    systole: seconds from R to its end, which the T wave marks as in the phantom; nan = the rate's.
     ef: points that the morphology shows; None = it says nothing of the EF.
     """
     rng, start, end = np.random.default_rng(seed), -MARGIN_S, seconds + MARGIN_S
@@ -135,7 +145,8 @@ def ecg_of_beats(seed, r_peaks, seconds, ef=None):
     before = np.arange(min(r_peaks[0] - rr0, 0), start - 2, -rr0)[::-1]
     r = np.concatenate([before, r_peaks, np.arange(max(r_peaks[-1] + rr0, seconds), end + 2, rr0)])
     rr, none = np.minimum(np.diff(r, prepend=r[0] - rr0), 1.15 * rr0), np.zeros(len(r), bool)
-    beats = SimpleNamespace(r=r, rr=rr, ectopic=none, p=~none, rr0=rr0, af=False)
+    qt = np.nan_to_num(systole / usual_systole(rr0), nan=1.0).clip(0.7, 1.5)
+    beats = SimpleNamespace(r=r, rr=rr, ectopic=none, p=~none, rr0=rr0, af=False, qt=qt)
     time = start + np.arange(round((end - start) * ECG_HZ)) / ECG_HZ
     return draw_ecg(rng, time, beats, draw_signs(rng, ef)[0], 1.0)
 
@@ -156,7 +167,7 @@ def cardiac_cycle(beats, at):
     rr, ectopic, p = [beats.rr0, *beats.rr], [False, *beats.ectopic], [*beats.p, False]
     level, r = rest, [-1e3, *beats.r, 1e3]
     for k in range(len(r) - 1):
-        systole = 0.506 - 0.0021 * min(60 / rr[k], 150)                # Weissler's QS2 less 40 ms Q to R
+        systole = usual_systole(rr[k]) * beats.qt
         relax = 0.2 * (min(beats.rr0, 0.8) - systole)
         fill = min(0.6 * (beats.rr0 - systole), 0.26 + 0.2 * beats.af)
         left = level * (1.0 if k == 0 else 0.5 if ectopic[k] else 0.0)   # an early beat empties badly
@@ -333,8 +344,10 @@ def render(rng, a, size, pitch, z, db, swirl, fps, noise):
 
 # ---------------------------------------------------------------------------- one clip, and the set
 
-def make_clip(seed, size=64, frames=64, fps=25.0, hr=None, ef=None, rhythm=None, noise=1.0, view="A4C"):
-    """One clip as Writer.add takes it; hr, ef, rhythm (a key of RHYTHMS) and noise can be fixed.
+def make_clip(seed, size=64, frames=64, fps=25.0, hr=None, ef=None, rhythm=None, noise=1.0, view="A4C",
+              qt=1.0):
+    """One clip as Writer.add takes it; hr, ef, rhythm (a key of RHYTHMS), noise can be fixed. Systole lasts
+    qt times the usual, and the T wave with it.
 
     A two-chamber view (A2C) is the same heart without its right half.
 
@@ -343,7 +356,7 @@ def make_clip(seed, size=64, frames=64, fps=25.0, hr=None, ef=None, rhythm=None,
     """
     rng = np.random.default_rng(seed)
     rhythm = rhythm or rng.choice(list(RHYTHMS), p=list(RHYTHMS.values()))
-    e = make_ecg(rng, frames / fps + 2 * MARGIN_S, -MARGIN_S, hr, rhythm, ef, noise)
+    e = make_ecg(rng, frames / fps + 2 * MARGIN_S, -MARGIN_S, hr, rhythm, ef, noise, qt)
     a, time = draw_anatomy(rng, float(e.signs[3])), np.arange(frames) / fps
     a.rv *= view == "A4C"
     filling, opening = cardiac_cycle(e.beats, time)
@@ -372,12 +385,12 @@ def make_clip(seed, size=64, frames=64, fps=25.0, hr=None, ef=None, rhythm=None,
 
 
 def numbered_clip(job, **how):
-    name, seed, fps, view, hr = job
-    return {"id": name} | make_clip(seed, fps=fps, view=view, hr=hr or None, **how)
+    name, seed, fps, view, hr, qt = job
+    return {"id": name} | make_clip(seed, fps=fps, view=view, hr=hr or None, qt=qt, **how)
 
 
 def list_jobs(cfg):
-    """(name, seed, fps, view, heart rate or 0) of every clip by split. The split is part of the seed, so no
+    """(name, seed, fps, view, hr or 0, qt) of every clip by split. The split is part of the seed, so no
     clip of one split can be in another; the clips with frames at a rate of their own come last."""
     def draw(*key):
         return np.random.default_rng((cfg.seed, *key))
@@ -389,8 +402,11 @@ def list_jobs(cfg):
     def hr(s, i):
         share, rate = draw(s, i, 3).random(2)
         return 35 * 5 ** rate if s == 0 and share < cfg.any_hr else cfg.hr
+    def qt(s, i):
+        share, stretch = draw(s, i, 4).random(2)
+        return 0.8 + 0.6 * stretch if s == 0 and share < cfg.any_qt else 1.0
     counts = dict(train=cfg.clips, val=cfg.val, test=cfg.test)
-    return {split: [(f"{split}{i:06d}", (cfg.seed, s, i), fps(s, i, n), view(s, i), hr(s, i))
+    return {split: [(f"{split}{i:06d}", (cfg.seed, s, i), fps(s, i, n), view(s, i), hr(s, i), qt(s, i))
                     for i in range(n)] for s, (split, n) in enumerate(counts.items())}
 
 
@@ -399,8 +415,9 @@ def main():
     print(cfg)
     if min(cfg.clips, cfg.val, cfg.test) < 0 or cfg.size < 16 or cfg.frames < 1 or cfg.fps <= 0:
         raise UserError("clips, val and test must be 0 or more, size 16 or more, frames and fps above 0")
-    if not (0 <= cfg.any_fps <= 1 and 0 <= cfg.any_hr <= 1):
-        raise UserError(f"--any_fps={cfg.any_fps:g} and --any_hr={cfg.any_hr:g} are shares, 0 to 1")
+    if not all(0 <= share <= 1 for share in (cfg.any_fps, cfg.any_hr, cfg.any_qt)):
+        raise UserError(f"--any_fps={cfg.any_fps:g}, --any_hr={cfg.any_hr:g} and --any_qt={cfg.any_qt:g} are "
+                        "shares, 0 to 1")
     meta = dict(name=os.path.basename(cfg.out.rstrip("/")), fps=cfg.fps, height=cfg.size, width=cfg.size,
                 channels=1, leads=LEADS, source="phantom", command=" ".join(["data.phantom", *sys.argv[1:]]))
     if cfg.rhythm and cfg.rhythm not in RHYTHMS or cfg.hr and not 20 <= cfg.hr <= 220:
