@@ -36,8 +36,8 @@ ARRAYS = {"video": np.uint8, "ecg": np.float32, "mask": np.uint8, "volume": np.f
 
 
 class Shard:
-    """One SPLIT folder: its arrays memory-mapped; of clips.csv the numbers as columns and the lines as they
-    stand, each read when its clip is asked for."""
+    """One SPLIT folder: its arrays memory-mapped; of clips.csv the whole numbers as columns and the lines as
+    they stand, each read when its clip is asked for."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -47,32 +47,32 @@ class Shard:
             raise UserError(f"{folder}/video.npy is missing: the set is not whole, write it again")
 
     def read_table(self, path):
-        text = path.read_text()
-        lines = [line for line in text.split("\n") if line]
-        self.names, self.lines, self.columns = next(csv.reader(lines), []), lines[1:], {}
+        lines = [line for line in path.read_text().split("\n") if line]
+        self.names, self.lines = next(csv.reader(lines), []), lines[1:]
         missing = [c for c in COLUMNS[:-1] if c not in self.names]
         if missing:
             raise UserError(f"{path}: column {missing[0]!r} is missing")
         if not self.lines:
             raise UserError(f"{path}: no clips in it")
         self.row(-1)
-        for gap in (",,", ",,", ",\n"):         # unknown numbers; each second one only the second time
-            text = text.replace(gap, gap[0] + "nan" + gap[1])
-        where = [self.names.index(c) for c in INTEGERS + REALS]
+        known = (line.replace(",,", ",0,").replace(",,", ",0,") for line in self.lines)     # 0 where unknown
         try:
-            numbers = np.loadtxt(text.split("\n"), delimiter=",", quotechar='"', comments=None, skiprows=1,
-                                 usecols=where, unpack=True, ndmin=2)
+            numbers = np.loadtxt(known, np.int64, delimiter=",", quotechar='"', comments=None, ndmin=2,
+                                 usecols=[self.names.index(c) for c in INTEGERS], unpack=True)
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
-        self.columns = dict(zip(INTEGERS + REALS, numbers))
-        self.columns |= {c: np.nan_to_num(self.columns[c]).astype(np.int64) for c in INTEGERS}
+        self.columns = dict(zip(INTEGERS, numbers))
 
     def row(self, j):
-        """Clip j as {column: value}."""
+        """Clip j as {column: value}; an unknown number is nan."""
         fields = next(csv.reader([self.lines[j]]))
         if len(fields) != len(self.names):
             raise UserError(f"{self.folder}/clips.csv: a row is cut short; the set is damaged, write it anew")
-        return dict(zip(self.names, fields)) | {name: x[j].item() for name, x in self.columns.items()}
+        row = dict(zip(self.names, fields))
+        try:
+            return row | {c: float(row[c] or "nan") for c in REALS} | {c: int(row[c] or 0) for c in INTEGERS}
+        except ValueError as error:
+            raise UserError(f"{self.folder}/clips.csv: {error}") from None
 
     def open(self, name):
         path, columns = self.folder / f"{name}.npy", self.columns
