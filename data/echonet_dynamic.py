@@ -152,10 +152,8 @@ def at_rate(r_peaks, systole, frames, fps, hr):
     return (at * fps).round().astype(int).clip(0, frames - 1), np.interp(r_peaks, old, new), short
 
 
-def make_clip(job, src, size, channels, least, every=1, segmenter="", ecg_ef=False, any_hr=0.0, seed=0,
-              masked=True):
-    """(A row of FileList.csv, its tracings) -> the clip as Writer.add takes it."""
-    row, traced = job
+def read_clip(row, traced, src, size, channels, every):
+    """The clip of a row of FileList.csv without its frames; those (T, H, W, C), all, and masks (T, H, W)."""
     name = row["FileName"].removesuffix(".avi")
     try:
         ef, esv, edv, fps = (float(row[key]) for key in ("EF", "ESV", "EDV", "FPS"))
@@ -176,15 +174,30 @@ def make_clip(job, src, size, channels, least, every=1, segmenter="", ecg_ef=Fal
         raise UserError(f"{name}: VolumeTracings.csv has an axis and fewer than two chords of it")
     clip = dict(id=name, fps=fps / every, view="A4C", ef=ef, esv_ml=esv, edv_ml=edv,
                 text=f"A4C view, EF {ef:.0f}")
-    mask, shown = draw_masks(traced, len(video), size), np.arange(len(video))
+    return clip, video, draw_masks(traced, len(video), size)
+
+
+def beats_of(video, mask, fps, segmenter):
+    """R peaks (n,) and the length of systole, seconds (nan where none is whole), of a video (T, H, W, C) with
+    the masks (T, H, W) that the experts traced."""
+    traced = is_traced(mask)
+    found = mask if traced.all() else np.concatenate(list(masks_of(segmenter, video)))
+    r_peaks, ends = find_beats(found.sum((1, 2)), fps)
+    systole = middle((ends - r_peaks)[~np.isnan(ends)]) - RELAX_S
+    if traced.any() and not traced.all():
+        ed = np.where(traced, mask.sum((1, 2)), 0).argmax() / fps
+        r_peaks = np.sort(np.append(r_peaks[np.abs(r_peaks - ed) > SAME_BEAT_S], ed))
+    return r_peaks, systole
+
+
+def make_clip(job, src, size, channels, least, every=1, segmenter="", ecg_ef=False, any_hr=0.0, seed=0,
+              masked=True):
+    """(A row of FileList.csv, its tracings) -> the clip as Writer.add takes it."""
+    row, traced = job
+    clip, video, mask = read_clip(row, traced, src, size, channels, every)
+    name, shown, fps = clip["id"], np.arange(len(video)), every * clip["fps"]
     if segmenter:
-        whole = is_traced(mask).all()
-        found = mask if whole else np.concatenate(list(masks_of(segmenter_once(segmenter, channels), video)))
-        r_peaks, ends = find_beats(found.sum((1, 2)), fps)
-        systole = middle((ends - r_peaks)[~np.isnan(ends)]) - RELAX_S
-        if traced and not whole:
-            ed = max(traced, key=lambda k: mask[k].sum()) / fps
-            r_peaks = np.sort(np.append(r_peaks[np.abs(r_peaks - ed) > SAME_BEAT_S], ed))
+        r_peaks, systole = beats_of(video, mask, fps, segmenter_once(segmenter, channels))
         if not len(r_peaks):
             raise UserError(f"{name}: no beat is seen in it, so no ECG can be made")
         key = seed, zlib.crc32(name.encode())
@@ -193,11 +206,11 @@ def make_clip(job, src, size, channels, least, every=1, segmenter="", ecg_ef=Fal
             if len(r_peaks) < 2 or math.isnan(systole):
                 raise UserError(f"{name}: no whole beat is seen in it, so it has no other rate")
             shown, r_peaks, systole = at_rate(r_peaks, systole, len(video), fps, 45 * (150 / 45) ** rate)
-        ecg = ecg_of_beats(key, r_peaks, len(shown) / fps, systole, ef if ecg_ef else None)
+        ecg = ecg_of_beats(key, r_peaks, len(shown) / fps, systole, clip["ef"] if ecg_ef else None)
         clip |= dict(ecg=ecg, ecg_offset_s=-MARGIN_S, r_peaks_s=[round(float(t), 3) for t in r_peaks])
     shown = shown[::every]
     if len(shown) < least:
-        raise UserError(f"{path}: {len(shown)} frames kept, --least={least}")
+        raise UserError(f"{name}: {len(shown)} frames are kept, --least={least}")
     return clip | dict(video=video[shown]) | (dict(mask=mask[shown]) if masked else {})
 
 
