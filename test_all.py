@@ -796,6 +796,10 @@ def test_ecg_for_echonet(tmp_path):
     found, frames = echonet_dynamic.find_beats(other["mask"].sum((1, 2)), 50)[0], len(other["video"])
     assert found == pytest.approx(other["r_peaks_s"], abs=0.05)
     assert np.diff(found) == pytest.approx(0.8 * frames / 110, abs=0.1) and abs(frames - 110) > 10
+    own = echonet_dynamic.make_clip((row | {"Split": "VAL"}, traced), tmp_path, 64, 1, 11, 1, net, any_hr=1)
+    assert len(own["video"]) == 110                             # val and test beat as they do
+    shown, r_peaks, _ = echonet_dynamic.at_rate(np.array([0.5, 0.85, 1.25, 2.1]), 0.5, 130, 50, 60)
+    assert (np.diff(shown) >= 0).all() and (np.diff(r_peaks) > 0).all()         # also where a beat is early
     refused("needs a --segmenter", call, echonet_dynamic.main, *flags, "--any_hr=1")
     beats, late = 0.5 + np.arange(6), np.arange(50, 150)        # seconds; samples after R where T is
     for qt in (0.8, 1, 1.3):

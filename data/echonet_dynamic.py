@@ -145,8 +145,8 @@ def at_rate(r_peaks, systole, frames, fps, hr):
     gap = np.median(np.diff(r_peaks))
     short = systole * usual_systole(60 / hr) / usual_systole(gap)
     r = np.r_[r_peaks[0] - gap * np.arange(9, 0, -1), r_peaks, r_peaks[-1] + gap * np.arange(1, 10)]
-    old = np.ravel([r, r + systole], "F")
-    new = np.ravel([r, r], "F") * 60 / hr / gap + np.resize([0, short], len(old))
+    old = np.maximum.accumulate(np.ravel([r, r + systole], "F"))        # an early beat ends a systole
+    new = np.maximum.accumulate(np.ravel([r * 60 / hr / gap, r * 60 / hr / gap + short], "F"))
     new -= np.interp(0, old, new)                                       # the first frame stays the first
     at = np.interp(np.arange(0, np.interp(frames / fps, old, new), 1 / fps), new, old)
     return (at * fps).round().astype(int).clip(0, frames - 1), np.interp(r_peaks, old, new), short
