@@ -1,4 +1,4 @@
-"""Stage 2a, the ECG encoder (ECHOPulse section 3.2): ST-MEM's ViT over the ECG that data/ecg.py has cleaned.
+"""Stage 2a, the ECG encoder (ECHOPulse section 3.2): ST-MEM's ViT over the ECG that data/ecg_signal.py has cleaned.
 
 Each lead is cut into patches of 75 samples, 0.3 s (Na et al. 2024); only leads that are there are encoded.
 The output is a sequence: it keeps the beats' times.
@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data import runs
-from data.clips import LEADS, Clips, RandomWindows, batches
-from data.ecg import clean_ecg
-from data.flags import UserError, parse_flags, run_main
+from common import checkpoint, training
+from common.flags import UserError, parse_flags, run_main
+from data.dataset import LEADS, Clips, RandomWindows, batches
+from data.ecg_signal import clean_ecg
 from tokenizer import Block, parameter_count
 
 
@@ -94,7 +94,7 @@ def load_st_mem(path):
     """EcgEncoder with the weights of the released st_mem_vit_base_encoder.pth (CC BY-NC: never bundled)."""
     model = EcgEncoder(EcgConfig(**PRESETS["paper"]))
     try:
-        old = dict(runs.read_file(path)["model"])
+        old = dict(checkpoint.read_file(path)["model"])
         new = {"positions": old.pop("pos_embedding")[0],
                "lead": torch.stack([old.pop(f"lead_embeddings.{i}") for i in range(len(LEADS))])}
         for name, value in old.items():
@@ -186,13 +186,13 @@ def main():
     config = parse_flags(TrainConfig, {"demo": {}, "paper": PRESETS["paper"] | dict(lr=1e-4, workers=8)})
 
     # ---- distributed and seed
-    device, rank, world = runs.init_distributed(config.seed)
-    state_path = runs.check_out(config, "ecg_encoder")
+    device, rank, world = training.init_distributed(config.seed)
+    state_path = checkpoint.check_out(config, "ecg_encoder")
 
     # ---- data and model
     train = RandomWindows(Clips(config.data, "train"), 1, config.samples, clean_ecg, config.batch * world,
                           config.seed, len(LEADS) * config.samples // config.patch)
-    raw = MaskedAutoencoder(runs.model_config(config, EcgConfig)).to(device)
+    raw = MaskedAutoencoder(training.model_config(config, EcgConfig)).to(device)
     if rank == 0:
         print(f"{config}\n{parameter_count(raw):.2f}M parameters, "
               f"{len(train.clips)} clips, {device} x {world}")
@@ -202,30 +202,30 @@ def main():
                                   fused=True)
     ema = copy.deepcopy(raw).eval()
     parts = {"model": raw, "ema": ema, "optimizer": optimizer}
-    step, seconds = runs.load_state(state_path, parts) if config.resume else (0, 0.0)
+    step, seconds = checkpoint.load_state(state_path, parts) if config.resume else (0, 0.0)
     model = DistributedDataParallel(raw) if dist.is_initialized() else raw
 
     # ---- loop
-    log, loader = runs.Log(config, "ecg_encoder", rank), \
+    log, loader = training.Log(config, "ecg_encoder", rank), \
         batches(train, config.batch, step, rank, world, config.workers)
     log.bar.update(step)
     began, results = time.time() - seconds, {}
     for step in count(step):
         seconds = time.time() - began
-        done, lr = runs.schedule(config, step, seconds, device)
+        done, lr = training.schedule(config, step, seconds, device)
         if rank == 0 and step > 0 and (done >= 1 or step % config.save_every == 0):
-            runs.save_weights(config.out, "ecg_encoder", ema.encoder, step)
-            runs.save_state(state_path, parts, step, seconds)
+            checkpoint.save_weights(config.out, "ecg_encoder", ema.encoder, step)
+            checkpoint.save_state(state_path, parts, step, seconds)
         if done >= 1:
             break
         batch = {k: v.to(device, non_blocking=True) for k, v in log.wait(loader).items()}
         loss = model(batch["ecg"], batch["leads"], batch["noise"])
         loss.backward()
-        runs.update(config, raw, optimizer, lr, step, batch, state_path)
+        training.update(config, raw, optimizer, lr, step, train.clips, batch, state_path)
         if step % 10 == 0:
-            runs.ema_update(ema, raw, min(config.ema, step / (step + 100)))
+            training.ema_update(ema, raw, min(config.ema, step / (step + 100)))
         if step % config.log_every == 0:
-            results = log.write(step, **runs.all_mean({"loss": loss}, device),
+            results = log.write(step, **training.all_mean({"loss": loss}, device),
                                 **log.rate(step, config, world))
             log.bar.set_postfix(results)
         log.bar.update()

@@ -12,7 +12,7 @@
 
 Prints a table and writes OUT/eval_MODE.json. --target_KEY=x (--target_ssim=.8, --target_shift_ms=160) makes a
 figure a check: exit code 1 where it is farther from its best value than x is. Area and volume curves come
-from the U-Net of data/heart.py, applied alike to true and generated video. Units: pixels, pixel^3, EF points.
+from the U-Net of metrics/lv_segmenter.py, applied alike to true and generated video. Units: pixels, pixel^3, EF points.
 """
 import json
 import math
@@ -31,21 +31,22 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.clips import ECG_HZ, LEADS, Clips, as_video, chosen, cut_ecg
-from data.ecg import clean_ecg, find_r_peaks, go_on
+from common.checkpoint import COMMIT, load_weights
+from common.flags import UserError, parse_flags, parse_value, run_main
+from common.picture import SCROLL_S, draw_strip, film, strip_curve
+from common.training import init_distributed
+from data.dataset import ECG_HZ, LEADS, Clips, as_video, chosen, cut_ecg
 from data.ecg_files import read_ecg
-from data.flags import UserError, parse_flags, parse_value, run_main
-from data.frechet import KINDS, Detector, Features, frechet, kernel_distance
-from data.heart import (cardiac_cycle, disk_volume, ef_scores, is_traced, load_segmenter, measure_segmenter,
-                        segment)
-from data.measures import edge_energy, middle, rate_distortion_bound, ratio, ssim
-from data.phantom import make_ecg
-from data.picture import SCROLL_S, draw_strip, film, strip_curve
-from data.runs import COMMIT, init_distributed, load_weights
-from data.speed import clock, flops, matmul_rate, measure_parts, peak_memory
-from data.synchrony import (SHIFT_S, beat_figures, ef_figures, flat_figures, hidden_figures, in_middle,
-                            own_figures, shift_figures, swap_figures)
-from data.tables import markdown
+from data.ecg_signal import clean_ecg, find_r_peaks, go_on
+from data.ecgsyn import make_ecg
+from metrics.ejection_fraction import cardiac_cycle, disk_volume, ef_scores, middle, ratio
+from metrics.frechet import KINDS, Detector, Features, frechet, kernel_distance
+from metrics.image_quality import edge_energy, rate_distortion_bound, ssim
+from metrics.lv_segmenter import is_traced, load_segmenter, measure_segmenter, segment
+from metrics.paper_tables import markdown
+from metrics.profiling import clock, flops, matmul_rate, measure_parts, peak_memory
+from metrics.synchrony import (SHIFT_S, beat_figures, ef_figures, flat_figures, hidden_figures,
+                               in_middle, own_figures, shift_figures, swap_figures)
 from generator import ENCODERS, Generator, GeneratorConfig, check_fits, check_scorer, stream_video
 from tokenizer import Tokenizer, TokenizerConfig, code_use, index_counts, parameter_count, patchify
 
@@ -280,7 +281,7 @@ def generated(config, device, conditions, by_ecg=False):
 
 
 def run_conditions(config, device, conditions, by_ecg=False):
-    """Records of the generated clips, as data/synchrony.py has them, and numbers of clips. Where there is
+    """Records of the generated clips, as metrics/synchrony.py has them, and numbers of clips. Where there is
     "again", those of the first batch also have their videos (C, T, H, W). Clips whose true video shows no
     beats (a pause, a flat ECG) have no ED, no EF and no r: they are left out.
     """

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.clips import ECG_HZ, LEADS, cut_ecg
-from data.flags import UserError, parse_flags, run_main
-from data.runs import bfloat16
-from data.text import TextConfig, TextEncoder
+from common.flags import UserError, parse_flags, run_main
+from common.text_encoder import TextConfig, TextEncoder
+from common.training import bfloat16
+from data.dataset import ECG_HZ, LEADS, cut_ecg
 from ecg_encoder import EcgConfig, EcgEncoder
 from tokenizer import Block, index_to_bits, parameter_count
 

@@ -25,14 +25,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data.clips import ECG_HZ, LEADS
-from data.ecg import clean_ecg, find_r_peaks, go_on
+from common.flags import UserError, parse_flags, run_main
+from common.picture import draw_strip, gif_frame, load_image, strip_curve
+from data.dataset import ECG_HZ, LEADS
 from data.ecg_files import read_ecg
-from data.flags import UserError, parse_flags, run_main
-from data.heart import cardiac_cycle, disk_volume, masks_of
-from data.phantom import make_ecg
-from data.picture import draw_strip, gif_frame, load_image, strip_curve
-from data.prepare import Writer
+from data.ecg_signal import clean_ecg, find_r_peaks, go_on
+from data.ecgsyn import make_ecg
+from data.writer import Writer
+from metrics.ejection_fraction import cardiac_cycle, disk_volume
+from metrics.lv_segmenter import masks_of
 from evaluate import load_models
 from generator import check_scorer, stream_video
 

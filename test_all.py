@@ -23,14 +23,17 @@ import evaluate
 import sample
 import train_generator
 import train_tokenizer
-from data import (camus, dicom, echonet_dynamic, frechet, heart, measures, paired, runs, short_axis, speed,
-                  webvid)
-from data.clips import LEADS, Clips, RandomWindows, as_video, batches, cut_ecg, moves, vary_video, vary_view
-from data.ecg import clean_ecg, find_r_peaks, redraw_ecg
+from common import checkpoint, training
+from common.flags import UserError, field_comments, parse_flags
+from data.dataset import (LEADS, Clips, RandomWindows, as_video, batches, cut_ecg, moves,
+                          vary_video, vary_view)
 from data.ecg_files import read_ecg
-from data.flags import UserError, field_comments, parse_flags
-from data.phantom import PhantomConfig, ecg_of_beats, list_jobs, make_clip, make_ecg, usual_systole
-from data.prepare import Writer, prepare
+from data.ecg_signal import clean_ecg, find_r_peaks, redraw_ecg
+from data.ecgsyn import ecg_of_beats, make_ecg, usual_systole
+from data.writer import Writer, prepare
+from metrics import curves, ejection_fraction, frechet, image_quality, lv_segmenter, profiling
+from sources import camus, dicom_cines, echonet_dynamic, short_axis_mri, video_ecg_folder, video_folder
+from sources.phantom import PhantomConfig, list_jobs, make_clip
 from ecg_encoder import EcgConfig, EcgEncoder, MaskedAutoencoder
 from generator import (SCORERS, Generator, GeneratorConfig, condition, draw, fill_in, guide, halton,
                        masked_share, stream_video)
@@ -401,7 +404,7 @@ def train_flags(stage, data, weights, out):
 def phantom(tmp_path_factory):
     """A small prepared set, made by the command of the README."""
     out = tmp_path_factory.mktemp("datasets") / "phantom"
-    run("-m", "data.phantom", f"--out={out}", "--clips=6", "--val=4", "--test=2", "--frames=32",
+    run("-m", "sources.phantom", f"--out={out}", "--clips=6", "--val=4", "--test=2", "--frames=32",
         "--any_fps=0.34")
     return out
 
@@ -412,7 +415,7 @@ def weights(phantom, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "tiny"
     for stage in SMALL:
         call(TRAINERS[stage].main, *train_flags(stage, phantom, out, out), "--steps=4")
-    call(heart.main, f"--data={phantom}", f"--weights={out}", f"--out={out}", "--steps=4")
+    call(lv_segmenter.main, f"--data={phantom}", f"--weights={out}", f"--out={out}", "--steps=4")
     return out
 
 
@@ -446,8 +449,8 @@ def test_resumed_equals_uninterrupted(stage, phantom, weights, tmp_path, monkeyp
 
 def test_generator_of_video_alone(weights, tmp_path):
     """--condition=none that still asks for an ECG, learns nothing, or cannot sample."""
-    run("-m", "data.short_axis", f"--out={tmp_path / 'set'}", "--clips=4", "--val=4", "--test=1")
-    clip = short_axis.make_clip(("", (0, 0, 1)))
+    run("-m", "sources.short_axis_mri", f"--out={tmp_path / 'set'}", "--clips=4", "--val=4", "--test=1")
+    clip = short_axis_mri.make_clip(("", (0, 0, 1)))
     assert (Clips(tmp_path / "set", "train").per_frame("video", 1) == clip["video"]).all()
     assert np.ptp(clip["mask"].sum((1, 2))) > 0.1 * clip["mask"][0].sum() > 10
     flags = train_flags("generator", tmp_path / "set", weights, tmp_path)
@@ -501,7 +504,7 @@ def test_frozen_encoder(phantom, weights, tmp_path):
     for flag in ("--freeze_encoder", "--freeze_encoder=0"):
         call(train_generator.main, *train_flags("generator", phantom, weights, out := tmp_path / flag),
              "--steps=12", flag)
-        before, after = (runs.read_file(x / "ecg_encoder.pt")["model"] for x in (weights, out))
+        before, after = (checkpoint.read_file(x / "ecg_encoder.pt")["model"] for x in (weights, out))
         trained[flag] = any(not torch.equal(before[k], after[k]) for k in before)
     assert trained == {"--freeze_encoder": False, "--freeze_encoder=0": True}
     for bad in ("--align=both_ways", "--condition=words", "--critic=two"):
@@ -565,8 +568,8 @@ def test_checkpoint_cut_in_half_is_refused(weights, tmp_path):
     whole, foreign = ((weights / f"{stage}.pt").read_bytes() for stage in ("tokenizer", "generator"))
     for content, reason in ((whole[:len(whole) // 2], "damaged"), (foreign, "holds no tokenizer")):
         (tmp_path / "tokenizer.pt").write_bytes(content)
-        refused(reason, runs.load_weights, tmp_path, *TOKENIZER)
-    refused("dim=32, the flags say 128", runs.load_weights, weights, *TOKENIZER, TokenizerConfig())
+        refused(reason, checkpoint.load_weights, tmp_path, *TOKENIZER)
+    refused("dim=32, the flags say 128", checkpoint.load_weights, weights, *TOKENIZER, TokenizerConfig())
 
 
 # ---------------------------------------------------------------------------- data
@@ -604,7 +607,7 @@ def test_damaged_set_is_refused(phantom, tmp_path):
     shutil.copytree(phantom, copy := tmp_path / "copy")
     os.truncate(copy / "val/video.npy", 5000)
     (copy / "test/clips.csv").write_text("id,start\n")
-    refused("python -m data.phantom", Clips, tmp_path, "train")
+    refused("python -m sources.phantom", Clips, tmp_path, "train")
     refused("no split 'other'", Clips, copy, "other")
     refused("video.npy: damaged", Clips, copy, "val")
     refused("column 'frames' is missing", Clips, copy, "test")
@@ -719,7 +722,7 @@ def echonet(tmp_path_factory):
 def test_echonet_dynamic(echonet, tmp_path):
     """Frames or tracings lost or scrambled between source and set, splits mixed up, a damaged file that ends
     all; a U-Net that learns from frames that nobody traced."""
-    run("-m", "data.echonet_dynamic", f"--src={echonet}", f"--out={tmp_path / 'set'}", "--size=64")
+    run("-m", "sources.echonet_dynamic", f"--src={echonet}", f"--out={tmp_path / 'set'}", "--size=64")
     for i, split in enumerate(("train", "val", "test")):
         clips, true = Clips(tmp_path / "set", split), make_clip((5, i), frames=20, rhythm="sinus")
         assert len(clips) == 1 and clips[0]["id"] == f"0X{i}" and clips[0]["fps"] == 50
@@ -727,13 +730,13 @@ def test_echonet_dynamic(echonet, tmp_path):
         found = clips.per_frame("video", 0).astype(float)
         assert found.shape == (20, 64, 64, 1) and np.abs(found - true["video"]).mean() < 4
         mask = clips.per_frame("mask", 0)
-        assert np.flatnonzero(heart.is_traced(mask)).tolist() == [3, 12]
+        assert np.flatnonzero(lv_segmenter.is_traced(mask)).tolist() == [3, 12]
         for k in (3, 12):
             both, size = (mask[k] & true["mask"][k]).sum(), mask[k].sum() + true["mask"][k].sum()
             assert 2 * both / size > 0.9
-    x, y = heart.random_frames(clips, heart.TrainConfig(batch=9, augment=True), 0)
+    x, y = lv_segmenter.random_frames(clips, lv_segmenter.TrainConfig(batch=9, augment=True), 0)
     assert len(x) == len(y) >= 9 and y.max() == 1 and y.mean() < 0.5
-    assert heart.measure_segmenter(heart.Segmenter(heart.SegmenterConfig(width=8)), clips, [0])["dice"] < 1
+    assert lv_segmenter.measure_segmenter(lv_segmenter.Segmenter(lv_segmenter.SegmenterConfig(width=8)), clips, [0])["dice"] < 1
     skipped = (tmp_path / "set/train/skipped.txt").read_text()
     assert all(reason in skipped for reason in ("EF 120", "0X4.avi: 20 frames", "0X5.avi: no such file"))
     row, traced = echonet_dynamic.file_list(echonet)[0], {99: echonet_dynamic.tracings(echonet)["0X0"][3]}
@@ -809,7 +812,7 @@ def test_ecg_for_echonet(tmp_path):
         slow = make_clip(5, fps=50, frames=128, size=32, hr=60, rhythm="sinus", qt=qt)
         systole = echonet_dynamic.beats_of(slow["video"], slow["mask"], 50, None)[1]
         assert systole == pytest.approx(0.38 * qt, abs=0.05)
-    refused("TorchScript", heart.load_segmenter, tmp_path / "FileList.csv", 1)
+    refused("TorchScript", lv_segmenter.load_segmenter, tmp_path / "FileList.csv", 1)
 
 
 def test_webvid(echonet, tmp_path):
@@ -820,17 +823,17 @@ def test_webvid(echonet, tmp_path):
     shutil.copy(echonet / "Videos/0X0.avi", src / "000/7.mp4")
     (src / "000/8.mp4").write_text("no video")
     (tmp_path / "list.csv").write_text("videoid,page_dir,name\n7,000,A heart\n8,000,Text\n9,000,Missing\n")
-    call(webvid.main, *flags, f"--csv={tmp_path / 'list.csv'}", "--fps=25", "--least=8", "--frames=9")
+    call(video_folder.main, *flags, f"--csv={tmp_path / 'list.csv'}", "--fps=25", "--least=8", "--frames=9")
     clips = Clips(tmp_path / "set", "train")
     assert len(clips) == 1 and (clips[0]["text"], clips[0]["fps"]) == ("A heart", 25)
     assert clips.per_frame("video", 0).shape == (9, 32, 32, 3)      # of 20 frames at 50 fps
     skipped = (tmp_path / "set/train/skipped.txt").read_text()
     assert "8.mp4: not read as a video" in skipped and "9.mp4: no such file" in skipped
     shutil.rmtree(tmp_path / "set")
-    call(webvid.main, *flags, "--fps=0", "--channels=1")
+    call(video_folder.main, *flags, "--fps=0", "--channels=1")
     assert Clips(tmp_path / "set", "train").per_frame("video", 0).shape == (20, 32, 32, 1)
     (empty := tmp_path / "empty").mkdir()
-    refused("no video file", call, webvid.main, f"--src={empty}", "--out=x")
+    refused("no video file", call, video_folder.main, f"--src={empty}", "--out=x")
 
 
 def test_paired(echonet, tmp_path):
@@ -847,7 +850,7 @@ def test_paired(echonet, tmp_path):
     (tmp_path / "x.csv").write_text("name,ecg_offset_s,ef,view,split\na,-0.5,55,A4C,val\nb,-0.5,5,,\n"
                                     "f,-0.5,155,,\ng,-0.5,many,,\nc,-0.1,,,\nz,0,,,\n")
     flags = [f"--src={src}", "--ecg_hz=250", "--ecg_leads=II,V5", "--size=32", "--val=0", "--test=0"]
-    call(paired.main, *flags, f"--csv={tmp_path / 'x.csv'}", f"--out={tmp_path / 'set'}", "--leads=V5")
+    call(video_ecg_folder.main, *flags, f"--csv={tmp_path / 'x.csv'}", f"--out={tmp_path / 'set'}", "--leads=V5")
     train, val = (Clips(tmp_path / "set", split) for split in ("train", "val"))
     assert len(train) == 1 and train[0]["id"] == "b" and train.leads == ["V5"]
     assert (val[0]["ef"], val[0]["view"], val[0]["ecg_offset_s"]) == (55, "A4C", -0.5)
@@ -856,11 +859,11 @@ def test_paired(echonet, tmp_path):
     reasons = "c: the ECG lasts", "d.avi: no ECG", "e.avi: not read", "ef 155", "'many'"
     assert all(reason in skipped for reason in reasons)
     shutil.copy(src / "a.avi", src / "a.mp4")
-    refused("two videos are called a", call, paired.main, *flags, "--out=x")
+    refused("two videos are called a", call, video_ecg_folder.main, *flags, "--out=x")
     (tmp_path / "x.csv").write_text("name\na\na\n")
     (src / "a.mp4").unlink()
-    refused("a is there twice", call, paired.main, *flags, f"--csv={tmp_path / 'x.csv'}", "--out=x")
-    refused("no lead I", call, paired.main, *flags, f"--out={tmp_path / 'y'}", "--leads=I")
+    refused("a is there twice", call, video_ecg_folder.main, *flags, f"--csv={tmp_path / 'x.csv'}", "--out=x")
+    refused("no lead I", call, video_ecg_folder.main, *flags, f"--out={tmp_path / 'y'}", "--leads=I")
 
 
 def test_camus(tmp_path):
@@ -922,7 +925,7 @@ def test_dicom(tmp_path):
     (tmp_path / "src/cut.dcm").write_bytes((tmp_path / "src/cut.dcm").read_bytes()[:9000])
     (tmp_path / "src/readme.txt").write_text("no DICOM")
     flags = [f"--src={tmp_path / 'src'}", "--size=64"]
-    call(dicom.main, *flags, f"--out={tmp_path / 'set'}")
+    call(dicom_cines.main, *flags, f"--out={tmp_path / 'set'}")
     clips = Clips(tmp_path / "set", split := os.listdir(tmp_path / "set")[0].replace("meta.json", "train"))
     found = clips.per_frame("video", 0)
     assert [clip["fps"] for clip in clips] == [25, 50] and found.shape == (12, 64, 64, 1)
@@ -930,7 +933,7 @@ def test_dicom(tmp_path):
     skipped = (tmp_path / "set" / split / "skipped.txt").read_text()
     reasons = "nothing moves", "its frame time", "3 frames", "cut.dcm", "readme.txt: not read"
     assert all(reason in skipped for reason in reasons)
-    refused("no clip could be made", call, dicom.main, *flags, f"--out={tmp_path / 'x'}", "--leads=II")
+    refused("no clip could be made", call, dicom_cines.main, *flags, f"--out={tmp_path / 'x'}", "--leads=II")
 
 
 def test_phantom(phantom):
@@ -1153,24 +1156,24 @@ def test_readme_is_true():
 
 def test_measures():
     """A metric that a constant or a wrong curve would pass."""
-    x, ssim = torch.rand(2, 1, 32, 32), measures.ssim
+    x, ssim = torch.rand(2, 1, 32, 32), image_quality.ssim
     assert torch.allclose(ssim(x, x), torch.ones(2)) and (ssim(x, torch.rand_like(x)) < 0.2).all()
     t = torch.arange(48, dtype=torch.float64)[:, None] / 48
     a = ((9 * t).sin() @ (7 * t * t).cos().T + 1) / 2
     b, c = a + 0.15 * (40 * t).sin() @ (31 * t).cos().T, 0.8 * a ** 2
     for x, y, stored in ((a, b, 0.702568), (a, c, 0.619820)):     # scikit-image, gaussian_weights, sigma 1.5
         assert ssim(x[None, None].float(), y[None, None].float()).item() == pytest.approx(stored, abs=1e-4)
-    assert measures.rate_distortion_bound(np.eye(4), 8) == pytest.approx(2 ** -4)      # D = 2^(-2 R / n)
+    assert image_quality.rate_distortion_bound(np.eye(4), 8) == pytest.approx(2 ** -4)      # D = 2^(-2 R / n)
     y, x = np.mgrid[:64, :64] - 32.0
     ellipse = (x / 12) ** 2 + (y / 24) ** 2 < 1
-    assert heart.disk_volume(ellipse[None])[0] == pytest.approx(4 / 3 * np.pi * 12 * 12 * 24, rel=0.03)
+    assert ejection_fraction.disk_volume(ellipse[None])[0] == pytest.approx(4 / 3 * np.pi * 12 * 12 * 24, rel=0.03)
     time, noise = np.arange(128) / 25, np.random.default_rng(0).standard_normal(128)
     area = 400 + 100 * np.cos(2 * np.pi * 1.2 * (time - 0.3)) + 4 * noise
-    cycle = heart.cardiac_cycle(area, area ** 1.5, 25)
+    cycle = ejection_fraction.cardiac_cycle(area, area ** 1.5, 25)
     assert np.array(cycle["ed_frames"]) / 25 == pytest.approx(0.3 + np.arange(6) / 1.2, abs=0.05)
     assert cycle["ef"] == pytest.approx(100 * (1 - (300 / 500) ** 1.5), abs=4)
-    assert heart.cardiac_cycle(400 + 4 * noise, 400 + noise, 25)["ed_frames"] == []
-    assert measures.lag_ms(np.roll(area, 5), area, 25) == pytest.approx(200, abs=10)
+    assert ejection_fraction.cardiac_cycle(400 + 4 * noise, 400 + noise, 25)["ed_frames"] == []
+    assert curves.lag_ms(np.roll(area, 5), area, 25) == pytest.approx(200, abs=10)
 
 
 @pytest.mark.parametrize("mode, target, missed, figures", [
@@ -1250,7 +1253,7 @@ def test_flops_of_the_parts():
         torch.nn.functional.scaled_dot_product_attention(q, q, q)
         layer(x)
     with torch.no_grad():
-        work = speed.measure_parts(run, [(layer, "forward")], speed.flops)
+        work = profiling.measure_parts(run, [(layer, "forward")], profiling.flops)
     assert work == [2 * linear + attention, 2 * linear] and "forward" not in vars(layer)
 
 
@@ -1258,14 +1261,14 @@ def test_bfloat16_only_where_it_is_fast(monkeypatch):
     """A CPU that computes in bfloat16 without instructions for it: a hundredth of the speed of float32."""
     for has, bits in (("amx_bf16", 16), ("avx512_bf16", 16), ("avx2", 32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True})
-        with runs.bfloat16(torch.device("cpu")):
+        with training.bfloat16(torch.device("cpu")):
             assert torch.nn.Linear(4, 4)(torch.ones(4)).dtype.itemsize == bits // 8
 
 
 def test_shipped_tokens_and_size():
     """Weights that no longer fit the code: the tokens of a clip of the phantom, as they were when shipped."""
     assert sum(f.stat().st_size for f in (HERE / "weights").iterdir()) < 16 * 2 ** 20
-    model = runs.load_weights(HERE / "weights", *TOKENIZER).eval()
+    model = checkpoint.load_weights(HERE / "weights", *TOKENIZER).eval()
     video = as_video(make_clip((0, 2, 0), frames=11)["video"])[None]
     index = model.encode(video)
     assert index[0, 3, 3].tolist() == GOLDEN and (model.decode(index) - video).square().mean() < 0.01
@@ -1277,6 +1280,6 @@ def test_real_ecg(tmp_path):
     call(sample.main, f"--ecg={WATCH}", "--frames=128", f"--out={tmp_path}")
     report = json.loads((tmp_path / "report.json").read_text())
     ed, r = np.array(report["ed_frames"]) / 25, np.array(report["r_peaks_s"])
-    i, j = measures.match(r, ed)
+    i, j = curves.match(r, ed)
     assert len(j) == len(ed) and set(np.flatnonzero((r > 0.15) & (r < 127 / 25 - 0.15))) <= set(i)
     assert len(ed) >= 5 and np.median(np.abs(r[i] - ed[j])) <= 0.08

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from data.flags import UserError, parse_flags, run_main
+from common.flags import UserError, parse_flags, run_main
 
 
 @dataclass

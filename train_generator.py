@@ -24,12 +24,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import generator
-from data.clips import Clips, RandomWindows, batches, vary_view
-from data.ecg import clean_ecg, redraw_ecg
-from data.flags import parse_flags, run_main
-from data.runs import (Log, all_mean, bfloat16, check_out, check_same, ema_update, init_distributed,
-                       load_state, load_weights, model_config, save_state, save_weights, schedule, update)
-from data.text import TextConfig, TextEncoder
+from common.checkpoint import (check_out, check_same, load_state, load_weights, save_state,
+                               save_weights)
+from common.flags import parse_flags, run_main
+from common.text_encoder import TextConfig, TextEncoder
+from common.training import (Log, all_mean, bfloat16, ema_update, init_distributed, model_config,
+                             schedule, update)
+from data.dataset import Clips, RandomWindows, batches, vary_view
+from data.ecg_signal import clean_ecg, redraw_ecg
 from generator import ENCODERS, Generator, GeneratorConfig, check_fits, condition, masked_share
 from tokenizer import Tokenizer, TokenizerConfig, parameter_count
 
@@ -313,7 +315,7 @@ def main():
             (loss / config.accumulate).backward()
 
         # clip, step, EMA
-        update(config, raw, optimizer, lr, step, batch, state_path)
+        update(config, raw, optimizer, lr, step, train.clips, batch, state_path)
         if step % 10 == 0:
             ema_update(ema, raw, min(config.ema, step / (step + 100)))
 

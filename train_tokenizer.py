@@ -23,10 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 
 import tokenizer
-from data.clips import Clips, RandomWindows, batches, vary_video
-from data.flags import UserError, parse_flags, run_main
-from data.runs import (Log, all_mean, bfloat16, average, check_out, ema_update, init_distributed, load_state,
-                       load_weights, model_config, read_file, save_state, save_weights, schedule, update)
+from common.checkpoint import (check_out, load_state, load_weights, read_file, save_state,
+                               save_weights)
+from common.flags import UserError, parse_flags, run_main
+from common.training import (Log, all_mean, average, bfloat16, ema_update, init_distributed,
+                             model_config, schedule, update)
+from data.dataset import Clips, RandomWindows, batches, vary_video
 from tokenizer import (Tokenizer, TokenizerConfig, adapters, add_lora, code_use, index_counts, merge,
                        parameter_count)
 
@@ -298,11 +300,11 @@ def main():
             (loss / config.accumulate).backward()
 
         # clip, step, EMA
-        update(config, raw, optimizer, lr, step, batch, state_path)
+        update(config, raw, optimizer, lr, step, train.clips, batch, state_path)
         if adversary:
             for p in adversary.parameters():
                 average(p.grad)
-            update(config, adversary, optimizer_d, lr, step, batch, state_path)
+            update(config, adversary, optimizer_d, lr, step, train.clips, batch, state_path)
         if step % 10 == 0:
             ema_update(ema, raw, min(config.ema, step / (step + 100)))
 

@@ -1,0 +1,1 @@
+"""What a training reads: the prepared format, ECG and video files, synthetic ECGs."""

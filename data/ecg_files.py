@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from scipy.signal import resample_poly
 
-from data.clips import ECG_HZ, LEADS
-from data.flags import UserError
+from common.flags import UserError
+from data.dataset import ECG_HZ, LEADS
 
 # A reader returns signal (L, N), names of the leads ([]: none), Hz (0: unknown), mV of one unit (0: unknown).
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from data.flags import UserError
+from common.flags import UserError
 
 ECG_HZ = 250
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
@@ -106,7 +106,7 @@ def open_set(folder, split):
         meta = json.loads((folder / "meta.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/meta.json: {getattr(error, 'strerror', None) or 'damaged'}; --data is"
-                        " a folder made by a data module, such as python -m data.phantom") from None
+                        " a folder made by a data module, such as python -m sources.phantom") from None
     found = [f for f in sorted(folder.glob(f"{split}*")) if re.fullmatch(rf"{split}(-\d+)?", f.name)]
     return meta, [Shard(f) for f in found if (f / "clips.csv").exists()]
 

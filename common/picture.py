@@ -5,7 +5,7 @@ import torch
 from PIL import GifImagePlugin, Image, ImageDraw
 from torch.nn.functional import interpolate
 
-from data.flags import UserError
+from common.flags import UserError
 
 SCROLL_S = 4.0      # a longer video shows so many seconds of its ECG, a shorter one all of it
 BACK, GRID, AHEAD, PAST, PEAK, CURSOR = np.array(

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from data.flags import UserError
+from common.flags import UserError
 
 KINDS = {"inception": dict(return_features=True),
          "i3d": dict(rescale=True, resize=True, return_features=True),

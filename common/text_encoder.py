@@ -1,6 +1,6 @@
 """A line of text in the ECG's place, "A4C view, EF 55, heart rate 72" (ECHOPulse section 3.2, Table 2).
 
-    python -m data.phantom --views=A4C,A2C --out=datasets/views
+    python -m sources.phantom --views=A4C,A2C --out=datasets/views
     python train_generator.py --condition=text --data=datasets/views --out=OUT
 
 A T5 encoder by transformers: a trained one, left as it is (--text_encoder=google/byt5-small, or a folder), or
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from data.flags import UserError
+from common.flags import UserError
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Write a prepared set (data/clips.py has the format): in parallel, resumed after a crash, never half."""
+"""Write a prepared set (data/dataset.py has the format): in parallel, resumed after a crash, never half."""
 import csv
 import json
 import os
@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.clips import ARRAYS, COLUMNS, ECG_HZ
-from data.flags import UserError
+from common.flags import UserError
+from data.dataset import ARRAYS, COLUMNS, ECG_HZ
 
 
 class Writer:

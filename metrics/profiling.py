@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from data.runs import bfloat16
+from common.training import bfloat16
 
 SIZE, REPEATS = 2048, 8     # of the square matrices whose product gives the rate
 

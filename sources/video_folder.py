@@ -1,23 +1,21 @@
 """Any folder of video files as a prepared set; with WebVid's csv, with its captions.
 
-    python -m data.webvid --src=FOLDER --out=datasets/NAME                        # colour, 128x128, 8 fps
-    python -m data.webvid --src=FOLDER --csv=results_2M_train.csv --out=datasets/webvid --channels=1 --size=64
+    python -m sources.video_folder --src=FOLDER --out=datasets/NAME                        # colour, 128x128, 8 fps
+    python -m sources.video_folder --src=FOLDER --csv=results_2M_train.csv --out=datasets/webvid --channels=1 --size=64
 
 A video becomes one clip: its first `frames` frames at `fps`, the middle square, scaled. ffmpeg does it, in a
 process for each core. Natural video trains the tokenizer before it meets an echo (ECHOPulse section 3.1).
 """
 import csv
-import logging
 import os
 import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from data.flags import UserError, parse_flags, run_main
-from data.prepare import draw_split, prepare
+from common.flags import UserError, parse_flags, run_main
+from data.video_files import KINDS, read_video
+from data.writer import draw_split, prepare
 
 
 @dataclass
@@ -34,31 +32,6 @@ class WebvidConfig:
     test: float = 0.02          # share in the test split
     seed: int = 0               # of the split
     workers: int = 0            # processes; 0: one a core
-
-
-KINDS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif"}
-
-
-def read_video(path, size, channels, fps=0, frames=0):
-    """A video file -> frames (T, size, size, channels) uint8 and frames per second; else UserError.
-
-    The middle square, scaled; fps: resampled to so many a second, frames: at most so many; 0 = all there are.
-    """
-    import imageio_ffmpeg
-    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)     # it warns of every video that is scaled
-    scale = f"scale={size}:{size}:force_original_aspect_ratio=increase:flags=area"
-    steps = [f"fps={fps}"] * bool(fps) + [scale, f"crop={size}:{size}"]
-    more = ["-vf", ",".join(steps), "-fps_mode", "passthrough"] + ["-frames:v", str(frames)] * bool(frames)
-    stream = imageio_ffmpeg.read_frames(str(path), {1: "gray", 3: "rgb24"}[channels], channels, None, more)
-    try:
-        if not path.stat().st_size:
-            raise ValueError("the file is empty")
-        about = next(stream)
-        video = np.frombuffer(b"".join(stream), np.uint8).reshape(-1, size, size, channels)
-    except Exception as error:      # ffmpeg's last words, and all that its reader raises
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{path}: not read as a video: {reason}") from None
-    return video, fps or about["fps"]
 
 
 def listed(config):
@@ -100,8 +73,8 @@ def main():
     if not any(jobs.values()):
         raise UserError(f"--src={config.src}: no video file in it ({' '.join(sorted(KINDS))})")
     meta = dict(name=os.path.basename(config.out.rstrip("/")), fps=config.fps or None, height=config.size,
-                width=config.size, channels=config.channels, leads=[], source="webvid",
-                command=" ".join(["data.webvid", *sys.argv[1:]]))
+                width=config.size, channels=config.channels, leads=[], source="video_folder",
+                command=" ".join(["sources.video_folder", *sys.argv[1:]]))
     how = {key: getattr(config, key) for key in ("size", "channels", "fps", "frames", "least")}
     prepare(config.out, meta, jobs, partial(make_clip, **how), config.workers)
 

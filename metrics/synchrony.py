@@ -3,14 +3,14 @@
 A record stands for a clip; evaluate.run_conditions makes it. It has clip and donor (numbers), fps, ef (the
 set's), r_peaks (s), and under the name of each video ("true", "own", "shifted" ...) area (T,), the pixels of
 the ventricle in each frame ("traced": in the set's own masks, where every frame has one), and cycle, what
-data.heart.cardiac_cycle says.
+metrics.lv_segmenter.cardiac_cycle says.
 """
 from functools import partial
 
 import numpy as np
 
-from data.heart import ef_scores
-from data.measures import MATCH_S, lag_ms, match, middle, pearson, ratio, swing
+from metrics.curves import MATCH_S, lag_ms, match, pearson
+from metrics.ejection_fraction import ef_scores, middle, ratio, swing
 
 SHIFT_S = 0.2       # by so much the ECG of condition "shifted" comes later
 SETTLED_S = 1.0     # by then a heart that is caught in mid-beat has come to rest

@@ -3,7 +3,7 @@ import numpy as np
 from scipy.ndimage import percentile_filter, uniform_filter1d
 from scipy.signal import butter, find_peaks, lfilter, sosfiltfilt
 
-from data.clips import ECG_HZ
+from data.dataset import ECG_HZ
 
 CLEAN_BAND = np.concatenate([butter(5, 0.67, "highpass", fs=ECG_HZ, output="sos"),
                              butter(5, 40, "lowpass", fs=ECG_HZ, output="sos")])

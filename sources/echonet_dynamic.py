@@ -1,13 +1,13 @@
 """EchoNet-Dynamic (Ouyang et al. 2020) as a prepared set, from the layout in which Stanford gives it out.
 
-    python -m data.echonet_dynamic --src=EchoNet-Dynamic --out=datasets/echonet --size=112
+    python -m sources.echonet_dynamic --src=EchoNet-Dynamic --out=datasets/echonet --size=112
 
 --src holds FileList.csv, VolumeTracings.csv and Videos/*.avi. Splits are the official ones; EF and volumes
 are the experts'. The two frames that they traced have masks.
 
 The set has no ECG. With --segmenter=FOLDER each clip gets one: R peaks at the traced end-diastole and at the
 last maximum of the LV area (the segmenter's, or the experts' where they traced each frame) before each other
-fall, and ECGSYN waves around them (data/phantom.py), whose shape says nothing of the EF unless --ecg_ef asks
+fall, and ECGSYN waves around them (sources/phantom.py), whose shape says nothing of the EF unless --ecg_ef asks
 for it; where the T wave comes tells how long systole lasts, as in a recorded ECG. meta.json marks it
 "synthetic". --every=K keeps each K-th frame; the beats are found in all of them. --any_hr lets a share of the
 training clips beat at another rate: few patients then teach more of how a heart follows its ECG.
@@ -26,13 +26,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.signal import find_peaks
 
-from data.clips import LEADS, UNTRACED
-from data.flags import UserError, parse_flags, run_main
-from data.heart import is_still, is_traced, load_segmenter, masks_of
-from data.measures import middle, parabola_top, smooth, swing
-from data.phantom import MARGIN_S, ecg_of_beats, usual_systole
-from data.prepare import prepare
-from data.webvid import read_video
+from common.flags import UserError, parse_flags, run_main
+from data.dataset import LEADS, UNTRACED
+from data.ecgsyn import MARGIN_S, ecg_of_beats, usual_systole
+from data.video_files import read_video
+from data.writer import prepare
+from metrics.curves import parabola_top
+from metrics.ejection_fraction import is_still, middle, smooth, swing
+from metrics.lv_segmenter import is_traced, load_segmenter, masks_of
 
 
 @dataclass
@@ -232,7 +233,7 @@ def main():
     meta = dict(name=os.path.basename(config.out.rstrip("/")), fps=None, height=config.size,
                 width=config.size, channels=config.channels, source="echonet_dynamic",
                 leads=LEADS if config.segmenter else [], ecg="synthetic" if config.segmenter else "none",
-                command=" ".join(["data.echonet_dynamic", *sys.argv[1:]]))
+                command=" ".join(["sources.echonet_dynamic", *sys.argv[1:]]))
     keys = "src", "size", "channels", "least", "every", "segmenter", "ecg_ef", "any_hr", "seed"
     how = {key: getattr(config, key) for key in keys} | {"masked": bool(traced)}
     prepare(config.out, meta, jobs, partial(make_clip, **how), config.workers)

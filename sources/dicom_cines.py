@@ -1,6 +1,6 @@
 """Ultrasound cines in DICOM files as a prepared set.
 
-    python -m data.dicom --src=FOLDER --out=datasets/NAME        # pip install pydicom
+    python -m sources.dicom_cines --src=FOLDER --out=datasets/NAME        # pip install pydicom
 
 Every file of several frames becomes a clip: the sector is cut out and scaled, and what lies outside it (text,
 bars, the trace of an ECG, a Doppler spectrum) is black. Frame times are the header's; no patient is in two
@@ -17,10 +17,10 @@ from PIL import Image
 from scipy.ndimage import binary_closing, binary_opening, gaussian_filter, label
 from scipy.spatial import Delaunay
 
-from data.clips import ECG_HZ
+from common.flags import UserError, parse_flags, run_main
+from data.dataset import ECG_HZ
 from data.ecg_files import read_ecg, refuse
-from data.flags import UserError, parse_flags, run_main
-from data.prepare import draw_split, prepare
+from data.writer import draw_split, prepare
 
 
 @dataclass
@@ -129,8 +129,8 @@ def main():
         raise UserError(f"--src={config.src}: no file in it")
     leads = config.leads.split(",") if config.leads else []
     meta = dict(name=os.path.basename(config.out.rstrip("/")), fps=None, height=config.size,
-                width=config.size, channels=config.channels, leads=leads, source="dicom",
-                command=" ".join(["data.dicom", *sys.argv[1:]]))
+                width=config.size, channels=config.channels, leads=leads, source="dicom_cines",
+                command=" ".join(["sources.dicom_cines", *sys.argv[1:]]))
     how = {key: getattr(config, key) for key in ("size", "channels", "least")}
     prepare(config.out, meta, jobs, partial(make_clip, leads=leads, **how), config.workers)
 

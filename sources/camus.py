@@ -1,6 +1,6 @@
 """CAMUS (Leclerc et al. 2019) as a prepared set, from its NIfTI release: half beats from ED to ES with masks.
 
-    python -m data.camus --src=CAMUS --out=datasets/camus        # pip install nibabel
+    python -m sources.camus --src=CAMUS --out=datasets/camus        # pip install nibabel
 
 --src holds, at any depth, patientXXXX/patientXXXX_4CH_half_sequence.nii.gz, the same with _gt, Info_4CH.cfg,
 and 2CH likewise. Splits are the official ones where --src has subgroup_training.txt and its like, else drawn.
@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from common.flags import UserError, parse_flags, run_main
 from data.ecg_files import refuse
-from data.flags import UserError, parse_flags, run_main
-from data.prepare import draw_split, prepare
+from data.writer import draw_split, prepare
 
 
 @dataclass
@@ -108,7 +108,7 @@ def main():
         raise UserError(f"--src={config.src}: no patientXXXX_4CH_half_sequence.nii.gz in it")
     meta = dict(name=os.path.basename(config.out.rstrip("/")), fps=None, height=config.size,
                 width=config.size, channels=1, leads=[], source="camus",
-                command=" ".join(["data.camus", *sys.argv[1:]]))
+                command=" ".join(["sources.camus", *sys.argv[1:]]))
     prepare(config.out, meta, jobs, partial(make_clip, size=config.size), config.workers)
 
 

@@ -1,7 +1,7 @@
 """Your own data: a folder of videos, each with an ECG of the same stem, as a prepared set.
 
-    python -m data.paired --src=FOLDER --out=datasets/NAME
-    python -m data.paired --src=FOLDER --csv=labels.csv --ecg_hz=500 --ecg_leads=II --out=datasets/NAME
+    python -m sources.video_ecg_folder --src=FOLDER --out=datasets/NAME
+    python -m sources.video_ecg_folder --src=FOLDER --csv=labels.csv --ecg_hz=500 --ecg_leads=II --out=datasets/NAME
 
 NAME.mp4 (or any other video) goes with NAME.csv (or .txt, .npy, .hea, .dcm: data/ecg_files.py). The csv, one
 row a video, has name (the stem) and any of ecg_offset_s (when the ECG begins, seconds after the first frame),
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from data.clips import ECG_HZ, LEADS
+from common.flags import UserError, parse_flags, run_main
+from data.dataset import ECG_HZ, LEADS
 from data.ecg_files import READERS, read_ecg
-from data.flags import UserError, parse_flags, run_main
-from data.prepare import draw_split, prepare
-from data.webvid import KINDS, read_video
+from data.video_files import KINDS, read_video
+from data.writer import draw_split, prepare
 
 
 @dataclass
@@ -137,8 +137,8 @@ def main():
         print(f"--csv={config.csv}: {len(rows)} rows have no video, the first: {next(iter(rows))}",
               file=sys.stderr)
     meta = dict(name=os.path.basename(config.out.rstrip("/")), fps=None, height=config.size,
-                width=config.size, channels=config.channels, leads=leads, source="paired",
-                command=" ".join(["data.paired", *sys.argv[1:]]))
+                width=config.size, channels=config.channels, leads=leads, source="video_ecg_folder",
+                command=" ".join(["sources.video_ecg_folder", *sys.argv[1:]]))
     how = {key: getattr(config, key) for key in ("size", "channels", "least", "ecg_hz", "ecg_leads")}
     prepare(config.out, meta, jobs, partial(make_clip, leads=leads, **how), config.workers)
 

@@ -1,6 +1,6 @@
 r"""A cardiac MRI cine in short axis, drawn by a few lines: a set without an ECG that is no echo either.
 
-    python -m data.short_axis --out=datasets/short_axis
+    python -m sources.short_axis_mri --out=datasets/short_axis
     python train_tokenizer.py --data=datasets/short_axis --out=runs/mri --minutes=4
     python train_generator.py --condition=none --data=datasets/short_axis --weights=runs/mri --out=runs/mri \
         --minutes=8
@@ -17,8 +17,8 @@ from functools import partial
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from data.flags import UserError, parse_flags, run_main
-from data.prepare import prepare
+from common.flags import UserError, parse_flags, run_main
+from data.writer import prepare
 
 
 @dataclass
@@ -69,8 +69,8 @@ def main():
     if min(counts.values()) < 0 or cfg.size < 16 or cfg.frames < 1 or cfg.fps <= 0:
         raise UserError("clips, val and test must be 0 or more, size 16 or more, frames and fps above 0")
     meta = dict(name=os.path.basename(cfg.out.rstrip("/")), fps=cfg.fps, height=cfg.size, width=cfg.size,
-                channels=1, leads=[], source="short_axis",
-                command=" ".join(["data.short_axis", *sys.argv[1:]]))
+                channels=1, leads=[], source="short_axis_mri",
+                command=" ".join(["sources.short_axis_mri", *sys.argv[1:]]))
     jobs = {split: [(f"{split}{i:06d}", (cfg.seed, s, i)) for i in range(n)]
             for s, (split, n) in enumerate(counts.items())}
     make = partial(make_clip, size=cfg.size, frames=cfg.frames, fps=cfg.fps)

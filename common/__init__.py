@@ -1,0 +1,1 @@
+"""Shared by every script: flags, checkpoints, the training loop's parts, pictures, the text encoder."""

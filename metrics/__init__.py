@@ -1,0 +1,1 @@
+"""How a video is judged: the left ventricle, ejection fraction, synchrony, picture quality, speed."""
