@@ -1,1 +1,1 @@
-"""Shared by every script: flags, checkpoints, the training loop's parts, pictures, the text encoder."""
+"""Helpers that every script shares: flags, checkpoints, training, pictures, the text encoder."""

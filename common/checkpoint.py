@@ -1,4 +1,8 @@
-"""What all trainings share: process group, schedule, weights and state on disk, the log."""
+"""Weights and training states on disk: used by the trainers, sample.py, evaluate.py, lv_segmenter.
+
+A weights folder holds one file a stage, STAGE.pt. A training writes its state beside it, as
+STAGE_state.pt, so that --resume goes on as if the training had never stopped.
+"""
 import os
 import subprocess
 from dataclasses import asdict
@@ -8,44 +12,163 @@ import torch
 
 from common.flags import UserError
 
+# Parameters that older checkpoints have under another name: old name -> name now.
+RENAMED_KEYS = {
+    "place": "spatial_position",
+    "order": "temporal_position",
+    "order_anchor": "anchor_position",
+}
+
+
+def current_commit():
+    """Short git commit of the code, or "" outside a git checkout."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+# Asked once, at the start: the checkout may change while a long training runs.
+COMMIT = current_commit()
+
+
+# ---------------------------------------------------------------------------- files
 
 def save_atomic(content, path):
-    """torch.save to a temporary file, synced and renamed: a crash leaves the old file or the new, whole."""
+    """torch.save to a temporary file that is then renamed.
+
+    After a crash either the old file or the new file is there, never half a file.
+    """
     part = Path(f"{path}.part")
     with open(part, "wb") as file:
         torch.save(content, file)
+        # The bytes must be on the disk before the new name points to them.
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
 
 
-def commit():
-    """Commit of the code, or "" outside a git checkout."""
-    here = Path(__file__).parent
+def read_file(path):
+    """torch.load of tensors and plain values only; UserError if the file is missing or damaged."""
     try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True,
-                              text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        message = f"{path} is missing; train it or choose another folder of weights"
+        raise UserError(message) from None
+    except Exception as error:
+        # torch raises many kinds of errors for a file that is cut short
+        reason = type(error).__name__
+        raise UserError(f"{path} is damaged or no checkpoint ({reason})") from None
 
 
-COMMIT = commit()       # of the code that runs, also where the checkout moves on meanwhile
+def rename_keys(state_dict):
+    """A model's state dict, its parameters under the names that the code has now."""
+    renamed = {}
+    for key, value in state_dict.items():
+        # Only the last part is the parameter's own name: "decoder.place" has "place".
+        module, dot, name = key.rpartition(".")
+        renamed[module + dot + RENAMED_KEYS.get(name, name)] = value
+    return renamed
 
+
+# ---------------------------------------------------------------------------- weights
 
 def save_weights(folder, stage, model, step, state=None, **more):
-    """FOLDER/STAGE.pt: {"stage", "config", "model", "step", "commit"}, and what else is to be known."""
-    save_atomic({"stage": stage, "config": asdict(model.config), "model": state or model.state_dict(),
-                 "step": step, "commit": COMMIT, **more}, Path(folder) / f"{stage}.pt")
+    """Write FOLDER/STAGE.pt: {"stage", "config", "model", "step", "commit"} and what `more` adds.
+
+    state: a state dict to save in place of the model's own.
+    """
+    content = {
+        "stage": stage,
+        "config": asdict(model.config),
+        "model": state or model.state_dict(),
+        "step": step,
+        "commit": COMMIT,
+    }
+    save_atomic(content | more, Path(folder) / f"{stage}.pt")
+
+
+def load_weights(folder, stage, model_class, config_class, expected=None):
+    """Build the model of FOLDER/STAGE.pt with the config in the file, and load its weights.
+
+    expected: a config that the one in the file must equal; UserError if they differ.
+    """
+    path = Path(folder) / f"{stage}.pt"
+    saved = read_file(path)
+    if not isinstance(saved, dict) or saved.get("stage") != stage:
+        raise UserError(f"{path} holds no {stage}")
+    try:
+        config = config_class(**saved["config"])
+        state = rename_keys(saved["model"])
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} holds no config and weights of a {stage}") from None
+    if expected is not None:
+        check_same(path, config, expected)
+
+    model = model_class(config)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        # The first line only says that loading failed; the second names the parameter.
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"{path} does not fit its own config: {reason}") from None
+    return model
+
+
+def check_same(path, config, expected):
+    """UserError if the config of the weights in a file differs from the one that the flags give."""
+    for key, value in asdict(expected).items():
+        found = getattr(config, key)
+        if value != found:
+            raise UserError(f"{path} has {key}={found}, the flags say {value}")
+
+
+def pack(source, target):
+    """Copy the weights of a folder in half precision, which is how weights/ is shipped."""
+    Path(target).mkdir(exist_ok=True)
+    for stage in ("tokenizer", "ecg_encoder", "generator", "segmenter"):
+        saved = read_file(Path(source) / f"{stage}.pt")
+        for key, value in saved["model"].items():
+            if value.is_floating_point():
+                saved["model"][key] = value.half()
+        save_atomic(saved, Path(target) / f"{stage}.pt")
+
+
+# ---------------------------------------------------------------------------- training state
+
+def check_folder(path):
+    """UserError if a folder cannot be made at the path, or not written; makes nothing itself."""
+    path = Path(path).absolute()
+    # The nearest part of the path that is there must be a folder.
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir() or not os.access(path, os.W_OK):
+        raise UserError(f"--out: {path} is no folder that can be written to")
+
+
+def check_out(config, stage):
+    """Path of a training's state; UserError if it would overwrite another training's."""
+    check_folder(config.out)
+    state = Path(config.out) / f"{stage}_state.pt"
+    if state.exists() and not config.resume:
+        raise UserError(f"{state} exists: pass --resume to go on, or choose another --out")
+    return state
 
 
 def save_state(path, parts, step, seconds):
-    """All that --resume needs; a random draw needs no state, it is a function of (seed, item number)."""
-    save_atomic({name: part.state_dict() for name, part in parts.items()}
-                | {"step": step, "seconds": seconds}, path)
+    """Write all that --resume needs. parts: {name: module or optimizer}.
+
+    Random generators have no state to save: each draw is a function of (seed, item number).
+    """
+    content = {name: part.state_dict() for name, part in parts.items()}
+    save_atomic(content | {"step": step, "seconds": seconds}, path)
 
 
 def load_state(path, parts):
-    """Back into the parts, {name: module or optimizer}; returns step and seconds, 0 if nothing is saved."""
+    """Load a saved state back into `parts`; returns (step, seconds), both 0 if there is none."""
     if not path.exists():
         print(f"{path}: nothing saved yet, starting from step 0")
         return 0, 0.0
@@ -53,55 +176,13 @@ def load_state(path, parts):
     for name, part in parts.items():
         if name not in saved:
             raise UserError(f"{path} has no {name}: it was saved by a training with other flags")
-        part.load_state_dict(saved[name])
+        state = saved[name]
+        # An optimizer numbers its parameters, so only modules have names to bring up to date.
+        if name in ("model", "ema"):
+            state = rename_keys(state)
+        try:
+            part.load_state_dict(state)
+        except (RuntimeError, ValueError, KeyError):
+            raise UserError(f"{path} was saved by a training with other flags: its {name} has other "
+                            "sizes") from None
     return saved["step"], saved["seconds"]
-
-
-def pack(source, target):
-    """Copy the weights of a folder in half precision, as weights/ is shipped."""
-    Path(target).mkdir(exist_ok=True)
-    for stage in ("tokenizer", "ecg_encoder", "generator", "segmenter"):
-        saved = read_file(Path(source) / f"{stage}.pt")
-        saved["model"] = {k: v.half() if v.is_floating_point() else v for k, v in saved["model"].items()}
-        save_atomic(saved, Path(target) / f"{stage}.pt")
-
-
-def read_file(path):
-    """torch.load of tensors and plain values only; UserError where the file is missing or damaged."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; train it or choose another folder of weights") from None
-    except Exception as error:      # torch raises many kinds for a file cut short
-        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from None
-
-
-def check_same(path, config, expected):
-    """UserError where the config of the weights in a file differs from the one that the flags give."""
-    for key, value in asdict(expected).items():
-        if value != getattr(config, key):
-            raise UserError(f"{path} has {key}={getattr(config, key)}, the flags say {value}")
-
-
-def load_weights(folder, stage, model_class, config_class, expected=None):
-    """Model from FOLDER/STAGE.pt, its config from the file; UserError where `expected` differs from it."""
-    path = Path(folder) / f"{stage}.pt"
-    saved = read_file(path)
-    if not isinstance(saved, dict) or saved.get("stage") != stage:
-        raise UserError(f"{path} holds no {stage}")
-    config = config_class(**saved["config"])
-    check_same(path, config, expected or config)
-    model = model_class(config)
-    try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit its own config: {str(error).splitlines()[1].strip()}") from None
-    return model
-
-
-def check_out(config, stage):
-    """Path of the saved state; refused where another training's would be overwritten."""
-    state = Path(config.out) / f"{stage}_state.pt"
-    if state.exists() and not config.resume:
-        raise UserError(f"{state} exists: pass --resume to go on, or choose another --out")
-    return state

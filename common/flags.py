@@ -1,4 +1,15 @@
-"""Command-line flags of every script, from the fields and comments of a dataclass; errors of one line."""
+"""Command-line flags from the fields and comments of a dataclass, errors of one line: every script.
+
+    @dataclass
+    class Config:
+        steps: int = 4              # decoding steps          -> the flag --steps=4, with this help
+
+    def main():
+        config = parse_flags(Config)
+
+    if __name__ == "__main__":
+        run_main(main)
+"""
 import inspect
 import math
 import re
@@ -7,9 +18,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
 
+BOOLS = {"1": True, "true": True, "0": False, "false": False}
+KIND_NAMES = {int: "a whole number", float: "a number", bool: "0 or 1"}
+
 
 class UserError(Exception):
-    """What the user can mend: shown as one line on stderr, exit code 2."""
+    """An error that the user can correct: shown as one line on stderr, exit code 2."""
 
 
 def run_main(main):
@@ -22,54 +36,81 @@ def run_main(main):
 
 
 def field_comments(config):
-    """{field name: the comment on its line}, read from the source of a dataclass and those it extends."""
+    """{field name: the comment on its line}, from the source of a dataclass and of its bases."""
     comments = {}
+    # Bases come first, so that a subclass may give a field another comment.
     for cls in reversed(config.__mro__[:-1]):
-        comments |= dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", inspect.getsource(cls), re.M))
+        source = inspect.getsource(cls)
+        comments |= dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", source, re.M))
     return comments
+
+
+def print_help(config, presets):
+    """The docstring of the dataclass's module, then its fields, their defaults and comments."""
+    print(sys.modules[config.__module__].__doc__, "\nflags:")
+    if presets:
+        print(f"  --preset={'|'.join(presets)}")
+    comments = field_comments(config)
+    for field in fields(config):
+        flag = f"--{field.name}={field.default}"
+        print(f"  {flag:<34} {comments.get(field.name, '')}")
 
 
 def parse_value(key, text, kind):
     """The text of --key=text as an int, float, bool or str."""
     try:
         if kind is bool:
-            return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
+            return BOOLS[text.lower()]
         value = kind(text)
+        # float() also reads "nan" and "inf", which no flag has a use for
         if kind is float and not math.isfinite(value):
             raise ValueError
         return value
     except (ValueError, KeyError):
-        name = {int: "a whole number", float: "a number", bool: "0 or 1"}[kind]
-        raise UserError(f"--{key}={text}: expected {name}") from None
+        raise UserError(f"--{key}={text}: expected {KIND_NAMES[kind]}") from None
+
+
+def split_argument(argument, kinds):
+    """"--key=text" -> (key, text), for a key of `kinds`; a bool's "--key" alone is "1"."""
+    key, equals, text = argument.removeprefix("--").partition("=")
+    if not argument.startswith("--") or key not in kinds:
+        raise UserError(f"unknown argument {argument!r} (flags are --key=value; --help lists them)")
+    if equals:
+        return key, text
+    if kinds[key] is not bool:
+        raise UserError(f"{argument} needs a value: --{key}=...")
+    return key, "1"
 
 
 def parse_flags(config, presets=None, argv=None):
-    """Fill the dataclass `config` from --key=value flags; --help lists its fields with their comments.
+    """Fill the dataclass `config` from --key=value flags; --help lists its fields and exits.
 
-    presets: {name: {field: value}}, taken by --preset=NAME before all other flags.
+    presets: {name: {field: value}}. Other flags win over --preset=NAME, wherever it stands.
+    argv: a list of arguments; default: the command line's.
     Raises UserError for an unknown key or a value of the wrong kind.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    kinds, given = get_type_hints(config), {}
+    if argv is None:
+        argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv:
-        print(sys.modules[config.__module__].__doc__, "\nflags:")
-        if presets:
-            print(f"  --preset={'|'.join(presets)}")
-        comments = field_comments(config)
-        for f in fields(config):
-            print(f"  --{f.name}={f.default:<24}  {comments.get(f.name, '')}" if isinstance(f.default, str)
-                  else f"  --{f.name}={f.default!s:<24}  {comments.get(f.name, '')}")
+        print_help(config, presets)
         sys.exit(0)
-    for arg in argv:
-        key, equals, text = arg.removeprefix("--").partition("=")
-        known = key in kinds or (presets and key == "preset")
-        if not (arg.startswith("--") and known):
-            raise UserError(f"unknown argument {arg!r} (flags are --key=value; --help lists them)")
-        if not equals and kinds.get(key) is not bool:
-            raise UserError(f"{arg} needs a value: --{key}=...")
-        given[key] = text if equals else "1"
-    preset = given.pop("preset", None)
-    if preset is not None and preset not in presets:
-        raise UserError(f"--preset={preset}: choose one of {', '.join(presets)}")
-    settings = dict(presets[preset]) if preset else {}
-    return config(**settings | {key: parse_value(key, text, kinds[key]) for key, text in given.items()})
+
+    kinds = get_type_hints(config)
+    if presets:
+        kinds["preset"] = str
+    given = dict(split_argument(argument, kinds) for argument in argv)
+
+    settings = {}
+    # Only a preset's name: a field called "preset" would be a flag like the others.
+    preset = given.pop("preset", None) if presets else None
+    if preset is not None:
+        if preset not in presets:
+            raise UserError(f"--preset={preset}: choose one of {', '.join(presets)}")
+        settings = dict(presets[preset])
+    for key, text in given.items():
+        settings[key] = parse_value(key, text, kinds[key])
+    filled = config(**settings)
+    for name in ("seed", "workers"):
+        if getattr(filled, name, 0) < 0:
+            raise UserError(f"--{name}={getattr(filled, name)}: must be at least 0")
+    return filled

@@ -1,4 +1,7 @@
-"""Pictures of sample.py: the first frame it reads, the ECG strip under the echo, a GIF frame by frame."""
+"""Pictures: the first frame that sample.py reads, the ECG strip under an echo, the frames of a GIF.
+
+Used by sample.py and by `evaluate.py figure`.
+"""
 import imageio
 import numpy as np
 import torch
@@ -8,76 +11,155 @@ from torch.nn.functional import interpolate
 from common.flags import UserError
 
 SCROLL_S = 4.0      # a longer video shows so many seconds of its ECG, a shorter one all of it
-BACK, GRID, AHEAD, PAST, PEAK, CURSOR = np.array(
-    [(12, 15, 19), (25, 31, 38), (56, 100, 90), (104, 240, 174), (255, 176, 76), (232, 236, 240)], np.float32)
+
+# Colours of the strip, red green blue
+BACKGROUND = np.array((12, 15, 19), np.float32)
+GRID = np.array((25, 31, 38), np.float32)           # a line every 0.2 s
+AHEAD = np.array((56, 100, 90), np.float32)         # the ECG that is still to come
+PAST = np.array((104, 240, 174), np.float32)        # the ECG up to now
+R_PEAK = np.array((255, 176, 76), np.float32)
+CURSOR = np.array((232, 236, 240), np.float32)
+
+
+# ---------------------------------------------------------------------------- in
+
+def read_pixels(path):
+    """A picture, or the first frame of a .npy video -> (H, W, C), as the file has it."""
+    with open(path, "rb") as file:
+        if path.endswith(".npy"):
+            pixels = np.load(file)
+        else:
+            pixels = imageio.v3.imread(file, index=0)
+    if pixels.ndim == 4:
+        pixels = pixels[0]
+    return np.atleast_3d(pixels)
 
 
 def load_image(path, size, channels):
-    """A picture -> first frame (1, C, 1, size, size) in [0, 1]: grey, its middle square, scaled."""
+    """A picture file -> the first frame of a video, (1, C, 1, size, size) in [0, 1].
+
+    Colours become grey; the middle square is scaled to `size`. UserError if it is no such picture.
+    """
     try:
-        with open(path, "rb") as file:
-            x = np.load(file) if path.endswith(".npy") else imageio.v3.imread(file, index=0)
-        H, W, C = (x := np.atleast_3d(x[0] if x.ndim == 4 else x)).shape                    # 4: of a video
-        x = x[..., :3 if C > 2 else 1] / (255 if x.dtype == np.uint8 else 1)                # without alpha
-        grey = torch.from_numpy(x).float().mean(2)
-    except Exception as error:      # each reader raises its own kinds
+        pixels = read_pixels(path)
+        H, W, C = pixels.shape
+        scale = 255 if pixels.dtype == np.uint8 else 1
+        colours = 3 if C > 2 else 1         # leaves out the opacity of 2 or 4 channels
+        grey = torch.from_numpy(pixels[..., :colours] / scale).float().mean(2)             # H W
+    except Exception as error:
+        # each reader raises its own kinds
         reason = getattr(error, "strerror", None) or "damaged or not a picture"
         raise UserError(f"{path} cannot be read: {reason}") from None
-    if min(H, W) < 16 or C > 4 or not (grey.min() >= 0 and grey.max() <= 1):                # NaN is neither
-        raise UserError(f"{path} holds {H} x {W} x {C}: 16 x 16 x 1 or more, uint8 or in [0, 1], is needed")
-    side = min(H, W)
-    square = grey[None, None, (H - side) // 2:, (W - side) // 2:][..., :side, :side]
-    first = interpolate(square, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    return first.expand(1, channels, size, size)[:, :, None]
+    # NaN fails both comparisons
+    in_range = grey.min() >= 0 and grey.max() <= 1
+    if min(H, W) < 16 or C > 4 or not in_range:
+        raise UserError(f"{path} holds {H} x {W} x {C}: "
+                        "16 x 16 x 1 or more, uint8 or in [0, 1], is needed")
 
+    side = min(H, W)
+    top = (H - side) // 2
+    left = (W - side) // 2
+    square = grey[None, None, top:top + side, left:left + side]                            # 1 1 s s
+    first = interpolate(square, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    return first.expand(1, channels, size, size)[:, :, None]                              # 1 C 1 s s
+
+
+# ---------------------------------------------------------------------------- the ECG strip
 
 def strip_curve(lead, height):
-    """Row of a strip, from its top, of each sample of an ECG lead (N,)."""
+    """Row of a strip, counted from its top, of each sample of an ECG lead (N,)."""
+    # quantiles, so that one artefact does not flatten all beats
     low, high = np.quantile(lead, [0.001, 0.999])
-    return height * (0.88 - 0.62 * np.clip((lead - low) / max(high - low, 1e-6), 0, 1))
+    share = np.clip((lead - low) / max(high - low, 1e-6), 0, 1)
+    return height * (0.88 - 0.62 * share)
 
+
+def paint(image, cover, colour):
+    """Mix `colour` into image (h, w, 3), in place; cover (h, w) or (w,): 0 = not, 1 = fully."""
+    image += np.clip(cover, 0, 1)[..., None] * (colour - image)
+
+
+def line_cover(x, at, half_width):
+    """How far vertical lines at the columns `at` cover the pixels at the columns x: (w,)."""
+    if not len(at):
+        return np.zeros(len(x))
+    distance = np.abs(x[:, None] - at).min(1)                                              # w
+    return np.clip(half_width + 0.5 - distance, 0, 1)
+
+
+def curve_cover(row, y):
+    """How far a curve covers each pixel, (h, w). y (9, w): its row at nine instants a column."""
+    # In each column it covers the rows from its lowest to its highest instant, and 0.8 around them.
+    top = np.maximum(row, y.min(0) - 0.8)
+    bottom = np.minimum(row + 1, y.max(0) + 0.8)
+    return bottom - top
+
+
+def draw_strip(now, seconds, time, curve, r_peaks, height, width):
+    """The ECG strip at `now` seconds of a video of `seconds`, uint8 (height, width, 3).
+
+    The past is bright, what comes is dark; R peaks are ticked, a cursor stands at `now`.
+    curve (N,): the rows of strip_curve at the instants time (N,). r_peaks: in seconds.
+    All shapes are smooth: a pixel takes a colour as far as the shape covers it.
+    """
+    span = min(seconds, SCROLL_S)
+    left = np.clip(now - span / 2, 0, seconds - span)       # seconds at the left edge
+    x = np.arange(width) + 0.5
+    row = np.arange(height)[:, None]
+    image = np.tile(BACKGROUND, (height, width, 1))                                        # h w 3
+
+    def columns(instants):
+        """Column of each instant, those far outside the strip left out."""
+        near = instants[np.abs(instants - now) <= span]
+        return (near - left) / span * width
+
+    # 1. The grid
+    grid = 0.2 * np.arange(left // 0.2, (left + span) // 0.2 + 1)
+    paint(image, line_cover(x, columns(grid), 0.5), GRID)
+
+    # 2. The curve at nine instants a column, the last of which is the next column's first
+    instants = left + np.arange(8 * width + 1) / (8 * width) * span
+    y = np.interp(instants, time, curve)
+    y = np.stack([y[i:i + 8 * width:8] for i in range(9)])                                 # 9 w
+    cursor = (now - left) / span * width
+    past = np.clip(cursor - x + 0.5, 0, 1)[:, None]                                        # w 1
+    paint(image, curve_cover(row, y), AHEAD + past * (PAST - AHEAD))
+
+    # 3. A tick above each R peak
+    paint(image[3:9], line_cover(x, columns(r_peaks), 0.8), AHEAD + past * (R_PEAK - AHEAD))
+
+    # 4. The cursor: a thin line, and a dot of radius 3 on the curve
+    paint(image, 0.6 * np.clip(1 - np.abs(x - cursor), 0, 1), CURSOR)
+    centre = np.interp(now, time, curve)
+    paint(image, 3.5 - np.hypot(x - cursor, row + 0.5 - centre), CURSOR)
+    return image.round().astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------- out
 
 def film(frames, title, side):
-    """Frames (T, H, W, C) in [0, 1] in a row, uint8 (side, T side, 3), a title in the first one's corner."""
-    row = [Image.fromarray((255 * np.broadcast_to(frame, (*frame.shape[:2], 3))).round().astype(np.uint8))
-           .resize((side, side), Image.Resampling.BICUBIC) for frame in frames]
+    """Frames (T, H, W, C) in [0, 1] side by side, uint8 (side, T side, 3), with a title."""
+    row = []
+    for frame in frames:
+        H, W = frame.shape[:2]
+        pixels = (255 * np.broadcast_to(frame, (H, W, 3))).round().astype(np.uint8)
+        row.append(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC))
     ImageDraw.Draw(row[0]).text((4, 2), title)
     return np.concatenate([np.asarray(frame) for frame in row], axis=1)
 
 
-def draw_strip(now, seconds, time, curve, r_peaks, height, width):
-    """The ECG at `now` seconds, uint8 (height, width, 3): bright where shown, R peaks ticked, a cursor.
-
-    curve (N,): row at the instants time (N,). A pixel takes on a colour as far as a shape covers it.
-    """
-    span = min(seconds, SCROLL_S)
-    left = np.clip(now - span / 2, 0, seconds - span)
-    x, row, image = np.arange(width) + 0.5, np.arange(height)[:, None], np.tile(BACK, (height, width, 1))
-    cursor = (now - left) / span * width
-
-    def paint(cover, colour, rows=slice(None)):
-        image[rows] += np.clip(cover, 0, 1)[..., None] * (colour - image[rows])
-
-    def upright(t, half):                                                                   # lines at t: w
-        t = np.append(t[np.abs(t - now) <= span], 1e6)
-        return np.clip(half + 0.5 - np.abs(x[:, None] - (t - left) / span * width).min(1), 0, 1)
-
-    paint(upright(0.2 * np.arange(left // 0.2, (left + span) // 0.2 + 1), 0.5), GRID)
-    # in each column the curve covers the rows from its lowest to its highest at nine instants
-    y = np.interp(left + np.arange(8 * width + 1) / (8 * width) * span, time, curve)
-    y = np.stack([y[i:i + 8 * width:8] for i in range(9)])                                  # 9 w
-    past = np.clip(cursor - x + 0.5, 0, 1)[:, None]                                         # w 1
-    cover = np.minimum(row + 1, y.max(0) + 0.8) - np.maximum(row, y.min(0) - 0.8)           # h w
-    paint(cover, AHEAD + past * (PAST - AHEAD))
-    paint(upright(r_peaks, 0.8), AHEAD + past * (PEAK - AHEAD), slice(3, 9))
-    paint(0.6 * np.clip(1 - np.abs(x - cursor), 0, 1), CURSOR)
-    paint(3.5 - np.hypot(x - cursor, row + 0.5 - np.interp(now, time, curve)), CURSOR)
-    return image.round().astype(np.uint8)
-
-
 def gif_frame(picture, k, fps):
-    """Frame k of a GIF as bytes, from Pillow's parts: its whole writer keeps all frames until the end."""
-    image = Image.fromarray(picture).quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    head = GifImagePlugin.getheader(image, info={"loop": 0})[0] if k == 0 else []
-    ms = 10 * (round(100 * (k + 1) / fps) - round(100 * k / fps))   # GIF counts in 10 ms; no error adds up
-    return b"".join(head + GifImagePlugin.getdata(image, duration=ms, include_color_table=True))
+    """Frame k of a GIF as bytes, from a picture (h, w, 3) uint8.
+
+    It is made of Pillow's parts, because Pillow's own writer keeps all frames in memory to the end.
+    """
+    image = Image.fromarray(picture)
+    image = image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    # A GIF counts in 10 ms. Differences of rounded times add no error up over a long video.
+    begin = round(100 * k / fps)
+    end = round(100 * (k + 1) / fps)
+    parts = GifImagePlugin.getdata(image, duration=10 * (end - begin), include_color_table=True)
+    if k == 0:
+        header, _ = GifImagePlugin.getheader(image, info={"loop": 0})
+        parts = header + parts
+    return b"".join(parts)

@@ -1,4 +1,7 @@
-"""What all trainings share."""
+"""What all trainings share: start, learning rate, EMA, optimizer step, log.
+
+Used by train_tokenizer.py, train_generator.py, ecg_encoder.py and metrics/lv_segmenter.py.
+"""
 import json
 import math
 import os
@@ -13,30 +16,70 @@ from tqdm import tqdm
 from common.flags import UserError
 
 
+# ---------------------------------------------------------------------------- start
+
 def model_config(config, cls):
-    """The fields of the dataclass cls out of a training's settings."""
-    return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
+    """The dataclass `cls` of a model's settings, filled from a training's settings."""
+    return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+
+
+# The smallest value of each setting of a training that makes sense; a share is 0 to 1.
+LEAST = dict(
+    steps=0, batch=1, accumulate=1, warmup=1, log_every=1, eval_every=1, save_every=1, num=0,
+    lr=0, weight_decay=0, clip_norm=0, gan_weight=0, ecg_before=0, ecg_after=0,
+    heads=1, depth=0, depth_space=0, depth_time=0, patch=1, patch_t=1, bits=2, samples=1,
+    width=8, levels=1, context=0)
+
+
+def check_training(config):
+    """UserError where a setting of a training makes no sense; a config may lack any of them."""
+    for name, value in vars(config).items():
+        if name in LEAST and value < LEAST[name]:
+            raise UserError(f"--{name}={value:g}: must be at least {LEAST[name]}")
+        is_share = name.startswith("p_") or name == "ema"
+        if is_share and not 0 <= value <= 1:
+            raise UserError(f"--{name}={value:g}: a share, 0 to 1")
+    if config.steps == 0 and config.minutes <= 0:
+        raise UserError(f"--minutes={config.minutes:g}: must be above 0, or pass --steps")
+    # A head has an even number of channels, which the rotary embedding turns in pairs.
+    if hasattr(config, "heads") and config.dim % (2 * config.heads):
+        raise UserError(f"--dim={config.dim}: must be a multiple of twice --heads={config.heads}")
+    if hasattr(config, "samples") and config.samples % config.patch:
+        raise UserError(f"--samples={config.samples}: must be a multiple of --patch={config.patch}")
 
 
 def init_distributed(seed):
     """Join torchrun's process group if there is one; returns device, rank, world size."""
+    # torchrun sets these three; a plain python run has none of them and is rank 0 of 1.
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = os.environ.get("LOCAL_RANK", 0)
+
     cuda = torch.cuda.is_available()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device(f"cuda:{local_rank}")
         torch.cuda.set_device(device)
+        # TF32 for the matrix products that stay in float32
         torch.set_float32_matmul_precision("high")
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if cuda else "gloo")
-    torch.manual_seed(seed)     # the same weights on every rank; all other draws come with the data
+
+    # The same weights on every rank. All other random numbers come with the data.
+    torch.manual_seed(seed)
     return device, rank, world
 
 
 def bfloat16(device, wanted=True):
-    """Autocast to bfloat16 where that is fast, on a GPU or a CPU with AMX or AVX512-BF16."""
-    fast = device.type == "cuda" or any(map(torch.cpu.get_capabilities().get, ("amx_bf16", "avx512_bf16")))
+    """Autocast to bfloat16 on hardware that is fast in it: a GPU, a CPU with AMX or AVX512-BF16."""
+    fast = device.type == "cuda"
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        fast = bool(able.get("amx_bf16") or able.get("avx512_bf16"))
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted and fast)
 
+
+# ---------------------------------------------------------------------------- ranks
 
 def average(tensor):
     """Mean over ranks, in place."""
@@ -47,35 +90,73 @@ def average(tensor):
 
 
 def all_mean(values, device):
-    """Mean over ranks of a dict of numbers."""
-    numbers = torch.stack([torch.as_tensor(v, device=device).detach().float() for v in values.values()])
-    return dict(zip(values, average(numbers).tolist()))
+    """Mean over ranks of a dict of numbers, in one message."""
+    numbers = [torch.as_tensor(v, device=device).detach().float() for v in values.values()]
+    means = average(torch.stack(numbers)).tolist()
+    return dict(zip(values, means))
 
+
+# ---------------------------------------------------------------------------- steps
 
 def schedule(config, step, seconds, device="cpu"):
-    """(share of the training that is done, learning rate), the same on all ranks."""
-    done = step / config.steps if config.steps else seconds / 60 / config.minutes
-    if dist.is_initialized() and not config.steps:
-        done = all_mean({"done": done}, device)["done"]
+    """(share of the training that is done, learning rate), the same on all ranks.
+
+    The rate rises linearly over `warmup` steps and falls as a cosine to 5 % of `lr` at the end.
+    """
+    if config.steps:
+        done = step / config.steps
+    else:
+        done = seconds / 60 / config.minutes
+        # Clocks differ between ranks. All must agree on when the training ends.
+        if dist.is_initialized():
+            done = all_mean({"done": done}, device)["done"]
     cosine = 0.05 + 0.95 * (1 + math.cos(math.pi * min(done, 1))) / 2
-    return done, config.lr * cosine * min(1, (step + 1) / config.warmup)
+    warmup = min(1, (step + 1) / config.warmup)
+    return done, config.lr * cosine * warmup
 
 
 @torch.no_grad()
 def ema_update(ema, model, decay):
+    """Exponential moving average of the weights: ema = decay * ema + (1 - decay) * model."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
+def optimizer_step(config, model, optimizer, *, lr, step, clips, batch, state_path):
+    """Clip the norm of the gradient and take one step of the optimizer.
+
+    UserError if the gradient is not finite. It names the clips of the batch, which are looked up
+    in `clips`, the Clips of the training.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+    if not torch.isfinite(norm):
+        # Raised before the step, so that the saved state stays good.
+        names = " ".join(clips[i]["id"] for i in batch["clip"].tolist())
+        raise UserError(f"step {step}: the loss or its gradient is not finite; "
+                        f"last batch: {names}; {state_path} keeps the last good state")
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# ---------------------------------------------------------------------------- log
+
 class Log:
-    """Progress bar and OUT/STAGE.jsonl, on rank 0."""
+    """Progress bar and OUT/STAGE.jsonl, both on rank 0 only."""
 
     def __init__(self, config, stage, rank):
-        self.config, self.on = config, rank == 0
+        self.config = config
+        self.on = rank == 0
         self.path = Path(config.out) / f"{stage}.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {config.out}: {error.strerror}") from None
+        # A training of so many minutes has no total: the bar then only counts steps.
         total = config.steps or None
         self.bar = tqdm(total=total, disable=not self.on, dynamic_ncols=True, mininterval=2)
-        self.last, self.waited, self.began = None, 0.0, time.time()
+        self.last = None            # (step, time) of the last call of rate()
+        self.waited = 0.0           # seconds of waiting for data since then
+        self.began = time.time()
 
     def wait(self, loader):
         """The next batch; the time until it comes is counted."""
@@ -85,39 +166,40 @@ class Log:
         return batch
 
     def rate(self, step, config, world):
-        """Since the last call: clips a second, and the share of the time spent waiting for data. The first
-        call tells how long the first step took, which with --compile is mostly compilation."""
-        if self.last is None:
-            self.last, self.waited = (step, time.time()), 0.0
+        """Clips a second and the share of the time spent waiting for data, since the last call.
+
+        The first call tells how long the first step took. With --compile most of it is compilation.
+        """
+        previous = self.last
+        waited = self.waited
+        self.last = (step, time.time())
+        self.waited = 0.0
+        if previous is None:
             return {"first_step_s": self.last[1] - self.began}
-        (last, then), self.last = self.last, (step, time.time())
-        seconds, waited, self.waited = self.last[1] - then, self.waited, 0.0
-        clips = (step - last) * config.batch * getattr(config, "accumulate", 1) * world
+
+        last_step, last_time = previous
+        seconds = self.last[1] - last_time
+        clips_per_step = config.batch * getattr(config, "accumulate", 1) * world
+        clips = (step - last_step) * clips_per_step
         return {"clips_per_s": clips / seconds, "data_wait": waited / seconds}
 
     def write(self, step, **values):
-        values = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+        """Append a line to the log; returns the values as logged, reals rounded to 6 digits."""
+        for key, value in values.items():
+            if isinstance(value, float):
+                values[key] = round(value, 6)
         if self.on:
+            line = json.dumps({"step": step, **values})
             with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(line + "\n")
         return values
 
     def close(self, text):
-        """Say what the training gave, and leave the process group."""
+        """Print what the training wrote, and leave the process group."""
         self.bar.close()
         if self.on:
             print(f"{self.config.out}/{text}")
         if dist.is_initialized():
+            # The ranks leave together: one that goes first would close what another still uses.
+            dist.barrier()
             dist.destroy_process_group()
-
-
-def update(config, model, optimizer, lr, step, clips, batch, state_path):
-    """Clip the gradient's norm and step; where it is not finite, stop and name the clips."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-    if not torch.isfinite(norm):
-        raise UserError(f"step {step}: the loss or its gradient is not finite; last batch: "
-                        f"{' '.join(clips[i]['id'] for i in batch['clip'].tolist())}; "
-                        f"{state_path} keeps the last good state")
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()

@@ -1,72 +1,142 @@
-"""ECG signals (L, N) at 250 Hz: clean them, find their beats, make them longer."""
+"""ECG signals (L, N) at 250 Hz: clean them, find their R peaks, make them longer, augment them.
+
+Used by the trainings (clean_ecg, augment_recorder_filter), sample.py and evaluate.py.
+"""
 import numpy as np
 from scipy.ndimage import percentile_filter, uniform_filter1d
 from scipy.signal import butter, find_peaks, lfilter, sosfiltfilt
 
 from data.dataset import ECG_HZ
 
-CLEAN_BAND = np.concatenate([butter(5, 0.67, "highpass", fs=ECG_HZ, output="sos"),
-                             butter(5, 40, "lowpass", fs=ECG_HZ, output="sos")])
+# What ST-MEM was trained on: above the wander of the baseline, below the muscles and the mains.
+CLEAN_BAND = np.concatenate([
+    butter(5, 0.67, "highpass", fs=ECG_HZ, output="sos"),
+    butter(5, 40, "lowpass", fs=ECG_HZ, output="sos"),
+])
 QRS_BAND = butter(2, (5, 20), "bandpass", fs=ECG_HZ, output="sos")
-FLAT_MV = 0.03      # a smaller standard deviation is no heart beat: it must not become amplified noise
+# A smaller standard deviation is no heart beat, and must not become amplified noise.
+FLAT_MV = 0.03
 
 
 def clean_ecg(ecg):
-    """ecg (L, N) mV -> (L, N) float32: 0.67 to 40 Hz, mean 0 and standard deviation 1 over leads and time."""
-    x = sosfiltfilt(CLEAN_BAND, ecg, padlen=min(ecg.shape[1] - 1, ECG_HZ))      # 1 s: the high-pass settles
-    return ((x - x.mean()) / max(x.std(), FLAT_MV)).astype(np.float32)
+    """ecg (L, N) mV -> (L, N) float32: 0.67 to 40 Hz, mean 0, standard deviation 1.
 
-
-def redraw_ecg(ecg, rng, share):
-    """A cleaned ECG (L, N) as another recorder would draw it, a `share` of the times: for training.
-
-    The filters of monitors and echo machines smear the waves; here exponential tails of 8 to 300 ms do, one
-    after and one before each wave, of either sign and at most 0.8 of its height. No R peak moves.
+    Mean and deviation are taken over leads and time together, so that leads keep their proportions.
     """
-    if rng.random() >= share:
+    # 1 s of padding lets the high-pass settle before the recording begins.
+    x = sosfiltfilt(CLEAN_BAND, ecg, padlen=min(ecg.shape[1] - 1, ECG_HZ))
+    scale = max(x.std(), FLAT_MV)
+    return ((x - x.mean()) / scale).astype(np.float32)
+
+
+def augment_recorder_filter(ecg, rng, p):
+    """A cleaned ECG (L, N) as another recorder would show it, with probability `p`.
+
+    The filters of monitors and echo machines smear the waves. Two random filters imitate this: each
+    wave gets an exponential tail after it and another before it, of 8 to 300 ms, of either sign and
+    of at most 0.8 of the wave's height. R peaks stay where they are.
+    """
+    if rng.random() >= p:
         return ecg
     x = ecg
-    for way in (1, -1):
-        keep = np.exp(-1 / (ECG_HZ * np.exp(rng.uniform(*np.log([0.008, 0.3])))))
-        tail = lfilter([1 - keep], [1, -keep], x[:, ::way])[:, ::way]
+    # direction 1 filters forwards (a tail after each wave), -1 backwards (a tail before it)
+    for direction in (1, -1):
+        seconds = np.exp(rng.uniform(*np.log([0.008, 0.3])))
+        decay = np.exp(-1 / (ECG_HZ * seconds))         # of the tail, from one sample to the next
+        tail = lfilter([1 - decay], [1, -decay], x[:, ::direction])[:, ::direction]
         x = x + rng.uniform(-0.8, 0.8) * tail * np.abs(x).max() / max(np.abs(tail).max(), 1e-6)
     return (x * (ecg.std() / max(x.std(), 1e-6))).astype(np.float32)
 
 
+# ---------------------------------------------------------------------------- R peaks
+
 def find_r_peaks(ecg):
-    """ecg (L, N) -> times of the R peaks, seconds after sample 0 (beats,), after Pan & Tompkins (1985).
+    """ecg (L, N) -> times of the R peaks, seconds after sample 0 (beats,). Works at any scale.
 
-    A QRS complex is where the slope of the 5 to 20 Hz band, over all leads, is steep against the other beats
-    and against its surroundings, which keeps noise out of a pause. Any scale.
+    After Pan & Tompkins (1985): a QRS complex is where the slope of the ECG is steep.
     """
-    x = sosfiltfilt(QRS_BAND, ecg, padtype="even", padlen=min(ecg.shape[1] - 1, ECG_HZ))
-    power = uniform_filter1d(np.square(np.gradient(x, axis=1)).mean(0), round(0.12 * ECG_HZ))
-    slope = np.sqrt(power.clip(0))      # the filter's running sum falls below 0 by rounding
-    peaks = find_peaks(np.pad(slope, 1), distance=round(0.25 * ECG_HZ))[0] - 1      # refractory 0.25 s
-    strongest = [part.max() for part in np.array_split(slope, max(1, len(slope) // round(1.5 * ECG_HZ)))]
-    beat = max(np.median(strongest), 0.2 * slope.max())     # the median is no ectopic beat and no artefact
+    # 1. Band-pass: 5 to 20 Hz keeps the QRS complex and weakens P and T waves, wander and noise.
+    x = sosfiltfilt(QRS_BAND, ecg, padtype="even", padlen=min(ecg.shape[1] - 1, ECG_HZ))   # L N
+
+    # 2. Differentiate, square, average over the leads and over 0.12 s, the length of a QRS complex.
+    power = np.square(np.gradient(x, axis=1)).mean(0)                                      # N
+    power = uniform_filter1d(power, round(0.12 * ECG_HZ))
+    # The filter's running sum falls a little below 0 by rounding.
+    slope = np.sqrt(power.clip(0))
+
+    # 3. Candidates are local maxima 0.25 s apart: the heart cannot be excited again any sooner.
+    candidates = find_peaks(np.pad(slope, 1), distance=round(0.25 * ECG_HZ))[0] - 1
+
+    # 4. Thresholds, then what is left of T waves.
+    peaks = steep_peaks(candidates, slope)
+    peaks = drop_t_waves(peaks, slope)
+
+    # 5. The slope is steepest beside the R peak: move to it.
+    return np.unique(move_to_maximum(peaks, np.square(x).sum(0))) / ECG_HZ
+
+
+def steep_peaks(candidates, slope):
+    """Those candidates that are steep enough for a QRS complex."""
+    # The typical beat: the median over stretches of 1.5 s, each of which holds a beat or more.
+    # A median is not moved by an ectopic beat or an artefact.
+    stretches = np.array_split(slope, max(1, len(slope) // round(1.5 * ECG_HZ)))
+    beat = max(np.median([stretch.max() for stretch in stretches]), 0.2 * slope.max())
+    # The second threshold is local. It keeps the noise in a pause from being taken for beats.
     background = percentile_filter(slope, 30, 2 * ECG_HZ)
-    peaks = [p for p in peaks if slope[p] > max(0.3 * beat, 3.2 * background[p], 1e-9)]
-    # a T wave comes within 0.36 s and is half as steep as its QRS complex, or less
-    peaks = [p for q, p in zip([-ECG_HZ, *peaks], peaks)
-             if p - q > 0.36 * ECG_HZ or slope[p] > 0.5 * slope[q]]
-    height, reach = np.square(x).sum(0), round(0.08 * ECG_HZ)
-    starts = [max(p - reach, 0) for p in peaks]
-    return np.unique([s + height[s:p + reach + 1].argmax() for s, p in zip(starts, peaks)]) / ECG_HZ
+
+    peaks = []
+    for peak in candidates:
+        if slope[peak] > max(0.3 * beat, 3.2 * background[peak], 1e-9):
+            peaks.append(peak)
+    return peaks
 
 
-def go_on(ecg, first, samples):
-    """Samples first .. first + samples of an ECG (L, N) that goes on before its start and after its end.
+def drop_t_waves(peaks, slope):
+    """The peaks without T waves, which follow within 0.36 s and are at most half as steep."""
+    kept = []
+    previous = None
+    for peak in peaks:
+        first = previous is None
+        if first or peak - previous > 0.36 * ECG_HZ or slope[peak] > 0.5 * slope[previous]:
+            kept.append(peak)
+        # also a T wave is the predecessor of the next peak
+        previous = peak
+    return kept
 
-    There it repeats itself from the first R peak to the last, so that the rhythm stays, or as a whole where
-    it has fewer than two R peaks (a trace of about one beat).
+
+def move_to_maximum(peaks, height):
+    """Each peak moved to the maximum of height (N,) within 80 ms."""
+    reach = round(0.08 * ECG_HZ)
+    moved = []
+    for peak in peaks:
+        start = max(peak - reach, 0)
+        moved.append(start + height[start:peak + reach + 1].argmax())
+    return moved
+
+
+# ---------------------------------------------------------------------------- longer
+
+def extend_periodic(ecg, first, samples):
+    """Samples first .. first + samples of an ECG (L, N), continued before and after itself.
+
+    The part from its first R peak to its last is repeated, so that the rhythm goes on. A trace with
+    fewer than two R peaks (about one beat) is repeated as a whole.
     """
-    N, beats = ecg.shape[1], np.round(find_r_peaks(ecg) * ECG_HZ).astype(int)
-    lo, hi = (beats[0], beats[-1]) if len(beats) > 1 else (0, N)
-    at = np.arange(first, first + samples)
-    at = np.where((at >= 0) & (at < N), at, lo + (at - lo) % (hi - lo))
-    longer = ecg[:, at]
-    for seam in np.flatnonzero(np.diff(at) != 1) + 1:
-        ramp = np.linspace(0, 1, min(12, seam))             # closes the step within 48 ms, half a QRS
-        longer[:, seam - len(ramp):seam] += (longer[:, seam] - longer[:, seam - 1])[:, None] * ramp
+    N = ecg.shape[1]
+    beats = np.round(find_r_peaks(ecg) * ECG_HZ).astype(int)
+    begin, end = 0, N
+    if len(beats) > 1:
+        begin, end = beats[0], beats[-1]
+
+    # Where each sample comes from: from the recording itself, or from its periodic continuation.
+    index = np.arange(first, first + samples)
+    inside = (index >= 0) & (index < N)
+    index = np.where(inside, index, begin + (index - begin) % (end - begin))
+    longer = ecg[:, index]                                                                # L samples
+
+    # Where two pieces meet there is a step. A ramp of 48 ms before it, half a QRS, closes it.
+    for seam in np.flatnonzero(np.diff(index) != 1) + 1:
+        ramp = np.linspace(0, 1, min(12, seam))
+        step = longer[:, seam] - longer[:, seam - 1]                                       # L
+        longer[:, seam - len(ramp):seam] += step[:, None] * ramp
     return longer

@@ -1,30 +1,42 @@
-"""Video files."""
+"""Read video files with ffmpeg: used by the sources that take a folder of videos."""
 import logging
 
 import numpy as np
 
 from common.flags import UserError
 
-KINDS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif"}
+VIDEO_KINDS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif"}
 
 
 def read_video(path, size, channels, fps=0, frames=0):
     """A video file -> frames (T, size, size, channels) uint8 and frames per second; else UserError.
 
-    The middle square, scaled; fps: resampled to so many a second, frames: at most so many; 0 = all there are.
+    The middle square of the picture, scaled. fps: resampled to that rate; frames: at most so many.
+    0 = as the file has them.
     """
     import imageio_ffmpeg
-    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)     # it warns of every video that is scaled
-    scale = f"scale={size}:{size}:force_original_aspect_ratio=increase:flags=area"
-    steps = [f"fps={fps}"] * bool(fps) + [scale, f"crop={size}:{size}"]
-    more = ["-vf", ",".join(steps), "-fps_mode", "passthrough"] + ["-frames:v", str(frames)] * bool(frames)
-    stream = imageio_ffmpeg.read_frames(str(path), {1: "gray", 3: "rgb24"}[channels], channels, None, more)
+    # It warns of every video that is scaled.
+    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)
+
+    # The shorter side becomes `size`, then the middle is cut out.
+    filters = [f"scale={size}:{size}:force_original_aspect_ratio=increase:flags=area",
+               f"crop={size}:{size}"]
+    if fps:
+        filters.insert(0, f"fps={fps}")
+    # passthrough: each frame of the file once, none doubled or dropped to even out the time
+    options = ["-vf", ",".join(filters), "-fps_mode", "passthrough"]
+    if frames:
+        options += ["-frames:v", str(frames)]
+
+    pixels = {1: "gray", 3: "rgb24"}[channels]
+    stream = imageio_ffmpeg.read_frames(str(path), pixels, channels, None, options)
     try:
         if not path.stat().st_size:
             raise ValueError("the file is empty")
         about = next(stream)
         video = np.frombuffer(b"".join(stream), np.uint8).reshape(-1, size, size, channels)
-    except Exception as error:      # ffmpeg's last words, and all that its reader raises
+    except Exception as error:
+        # ffmpeg fails in many ways; its last line says why
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{path}: not read as a video: {reason}") from None
     return video, fps or about["fps"]

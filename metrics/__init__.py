@@ -1,1 +1,1 @@
-"""How a video is judged: the left ventricle, ejection fraction, synchrony, picture quality, speed."""
+"""How a video is judged: left ventricle, ejection fraction, synchrony, image quality, speed."""

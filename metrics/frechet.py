@@ -1,11 +1,12 @@
-"""FID, KID, FVD and LPIPS by NVIDIA's TorchScript detectors, given by path; without the file, not computed.
+"""FID, KID, FVD and LPIPS, by NVIDIA's TorchScript detectors; for evaluate.py generation.
 
-    --inception=inception-2015-12-05.pt   frames (N, 3, H, W) in 0..255 -> (N, 2048)          FID, KID
-    --i3d=i3d_torchscript.pt              videos (N, 3, T, H, W) in 0..255 -> (N, 400)        FVD
-    --vgg=vgg16.pt                        frames (N, 3, H, W) in 0..255 -> (N, K), whose squared distances are
-                                          LPIPS
+    --inception=inception-2015-12-05.pt   frames (N, 3, H, W) in 0..255 -> (N, 2048)    FID, KID
+    --i3d=i3d_torchscript.pt              videos (N, 3, T, H, W) in 0..255 -> (N, 400)  FVD
+    --vgg=vgg16.pt                        frames (N, 3, H, W) in 0..255 -> (N, K)       LPIPS
 
-Grey is repeated to three channels. Means and covariances are summed up in float64 as the features come.
+LPIPS is the squared distance of two frames' features. Grey is repeated to three channels. A metric
+whose file is not given is not computed: another network under the same name would not be
+comparable.
 """
 import math
 
@@ -13,18 +14,23 @@ import torch
 
 from common.flags import UserError
 
-KINDS = {"inception": dict(return_features=True),
-         "i3d": dict(rescale=True, resize=True, return_features=True),
-         "vgg": dict(resize_images=False, return_lpips=True)}
-LEAST_FRAMES = 10       # of a video, for I3D
-KEPT = 10_000           # features that KID is computed from, at most
+# The arguments that each detector takes, as NVIDIA's own scripts call it.
+KINDS = {
+    "inception": dict(return_features=True),
+    "i3d": dict(rescale=True, resize=True, return_features=True),
+    "vgg": dict(resize_images=False, return_lpips=True),
+}
+MIN_FRAMES = 10         # of a video, for I3D
+MAX_KEPT = 10_000       # features that KID is computed from
 
 
 class Detector:
-    """A network of KINDS: frames or videos (N, C, ..., H, W) in [0, 1] -> features (N, K), float64."""
+    """One network of KINDS: frames or videos (N, C, ..., H, W) in [0, 1] -> float64 (N, K)."""
 
     def __init__(self, path, kind, device):
-        self.kind, self.device = kind, device
+        self.kind = kind
+        self.device = device
+        self.batch = 4 if kind == "i3d" else 64
         try:
             self.net = torch.jit.load(path, map_location=device).eval()
         except (ValueError, RuntimeError) as error:
@@ -33,55 +39,81 @@ class Detector:
 
     @torch.no_grad()
     def __call__(self, x):
-        if self.kind == "i3d" and x.shape[2] < LEAST_FRAMES:
-            raise UserError(f"--i3d: it needs videos of {LEAST_FRAMES} frames or more, not {x.shape[2]}")
+        """Features of x; UserError where a video is too short or the file is another network."""
+        if self.kind == "i3d" and x.shape[2] < MIN_FRAMES:
+            raise UserError(f"--i3d: it needs videos of {MIN_FRAMES} frames or more, "
+                            f"not {x.shape[2]}")
         x = x.expand(-1, 3, *x.shape[2:]) * 255
+        features = []
         try:
-            parts = [self.net(part.to(self.device), **KINDS[self.kind]).double().cpu()
-                     for part in x.split(4 if self.kind == "i3d" else 64)]
+            for part in x.split(self.batch):
+                found = self.net(part.to(self.device), **KINDS[self.kind])          # n K
+                features.append(found.double().cpu())
         except RuntimeError as error:
-            raise UserError(f"--{self.kind}: not such a detector: {str(error).splitlines()[-1]}") from None
-        return torch.cat(parts)
+            reason = str(error).splitlines()[-1]
+            raise UserError(f"--{self.kind}: not such a detector: {reason}") from None
+        return torch.cat(features)
 
 
 class Features:
-    """Mean (K,) and covariance (K, K) of features that come in batches (N, K); the first of them are kept."""
+    """Mean (K,) and covariance (K, K) of features that come in batches; MAX_KEPT are kept."""
 
     def __init__(self):
-        self.many, self.sum, self.outer, self.kept = 0, 0, 0, []
+        self.many = 0
+        self.sum = 0
+        self.outer = 0
+        self.kept = []
 
     def add(self, x):
-        self.kept += [x] if self.many < KEPT else []
-        self.many, self.sum, self.outer = self.many + len(x), self.sum + x.sum(0), self.outer + x.T @ x
+        """Add features (N, K), float64."""
+        if self.many < MAX_KEPT:
+            self.kept.append(x)
+        self.many = self.many + len(x)
+        self.sum = self.sum + x.sum(0)
+        self.outer = self.outer + x.T @ x
 
     def mean(self):
+        """Mean of all features, (K,)."""
         return self.sum / self.many
 
     def covariance(self):
-        """Divided by N, as StyleGAN's."""
+        """Covariance (K, K), divided by N as StyleGAN does."""
         return self.outer / self.many - torch.outer(self.mean(), self.mean())
 
 
 def frechet(a, b):
-    """Fréchet distance of two Gaussians (Heusel et al. 2017) from their Features; nan without any.
+    """Fréchet distance (Heusel et al. 2017) of the Gaussians of two Features; nan without any.
 
-    |m - n|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)). That trace is the sum of the roots of the eigenvalues of
-    A^(1/2) B A^(1/2), a symmetric matrix: it is right where A or B is singular, as they are for N below K.
+    |mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)), with the covariances A and B.
     """
     if not a.many:
         return math.nan
-    A, B = a.covariance(), b.covariance()
+    A = a.covariance()
+    B = b.covariance()
+    # The last trace is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2). That matrix is
+    # symmetric, so this is right also where A or B is singular, as they are for N < K.
     values, vectors = torch.linalg.eigh(A)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T                         # K K
     cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
-    return ((a.mean() - b.mean()).square().sum() + A.trace() + B.trace() - 2 * cross).clamp(min=0).item()
+    distance = (a.mean() - b.mean()).square().sum() + A.trace() + B.trace() - 2 * cross
+    return distance.clamp(min=0).item()
+
+
+def cubic_kernel(x, y):
+    """(x . y / K + 1)^3 of features (N, K) and (M, K) -> (N, M)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def mean_of_pairs(x):
+    """Mean kernel of two different features of x (N, K)."""
+    kernel = cubic_kernel(x, x)
+    return (kernel.sum() - kernel.trace()) / (len(x) * (len(x) - 1))
 
 
 def kernel_distance(a, b):
-    """KID (Binkowski et al. 2018), unbiased for small N: squared MMD under (x . y / K + 1)^3; or nan."""
+    """KID (Binkowski et al. 2018) of two Features, a squared MMD, unbiased for small N; or nan."""
     if not a.many:
         return math.nan
-    x, y = torch.cat(a.kept), torch.cat(b.kept)
-    k = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3                                        # noqa: E731
-    inside = lambda x: (k(x, x).sum() - k(x, x).trace()) / (len(x) * (len(x) - 1))          # noqa: E731
-    return (inside(x) + inside(y) - 2 * k(x, y).mean()).item()
+    x = torch.cat(a.kept)
+    y = torch.cat(b.kept)
+    return (mean_of_pairs(x) + mean_of_pairs(y) - 2 * cubic_kernel(x, y).mean()).item()

@@ -1,7 +1,4 @@
-"""What the parts of a model cost: seconds, FLOPs, and the share of the machine's own matmul rate.
-
-    python evaluate.py speed --frames=64 --weights=weights      # one video, from an ECG alone
-"""
+"""What the parts of a model cost: seconds, FLOPs, the matmul rate; for evaluate.py speed."""
 import math
 import sys
 import time
@@ -13,17 +10,19 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from common.training import bfloat16
 
-SIZE, REPEATS = 2048, 8     # of the square matrices whose product gives the rate
+MATRIX_SIZE = 2048      # side of the square matrices whose product gives the machine's rate
+REPEATS = 8             # of that product; the fastest counts
 
 
 def wait(device):
+    """Wait until a GPU has done what it was given: it works in the background."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @contextmanager
 def clock(device):
-    """Gives a function that tells the seconds of what ran inside."""
+    """Gives a function that returns, afterwards, the seconds of what ran inside the with block."""
     wait(device)
     began = time.perf_counter()
     yield lambda: seconds
@@ -31,22 +30,32 @@ def clock(device):
     seconds = time.perf_counter() - began
 
 
+def cpu_attention_flops(q, k, v, *rest, **more):
+    """FLOPs of attention by torch's CPU kernel, from the shapes of q, k and v."""
+    return sdpa_flop_count(q, k, v)
+
+
 @contextmanager
 def flops():
-    """Gives a function that tells the floating-point operations of matrix products, convolutions and
-    attention inside; torch itself does not count the attention of its CPU kernel."""
-    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-                 lambda q, k, v, *rest, **more: sdpa_flop_count(q, k, v)}
-    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+    """Gives a function that returns the floating-point operations inside the with block.
+
+    Matrix products, convolutions and attention are counted.
+    """
+    # torch does not count the attention of its own CPU kernel.
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={kernel: cpu_attention_flops}) as counter:
         yield counter.get_total_flops
 
 
 def measure_parts(run, methods, meter):
-    """What run() costs, and what of it all calls of each of the `methods`, (object, name): a list, the
-    whole first. The meter is flops or clock."""
+    """What run() costs, and what all calls of each method inside it cost: a list, the whole first.
+
+    methods: pairs (object, name of its method); meter: flops or clock.
+    """
     costs = [0] * (1 + len(methods))
 
     def metered(k, function):
+        """The function, which also adds its cost to costs[k]."""
         def call(*args, **kwargs):
             with meter() as read:
                 result = function(*args, **kwargs)
@@ -54,6 +63,7 @@ def measure_parts(run, methods, meter):
             return result
         return call
 
+    # The methods are replaced for this run only: leaving the stack puts them back.
     with ExitStack() as stack:
         for k, (part, name) in enumerate(methods, 1):
             stack.enter_context(patch.object(part, name, metered(k, getattr(part, name))))
@@ -63,26 +73,27 @@ def measure_parts(run, methods, meter):
 
 @torch.no_grad()
 def matmul_rate(device):
-    """Operations a second of a square matrix product, in the type that the models compute in there; the best
-    of a few."""
-    a = torch.randn(SIZE, SIZE, device=device)
+    """Operations a second of a square matrix product, the best of REPEATS."""
+    a = torch.randn(MATRIX_SIZE, MATRIX_SIZE, device=device)
     best = math.inf
     with bfloat16(device):
-        a = torch.mm(a, a) / SIZE       # of that type
+        # The first product gives `a` the type in which models compute on this device.
+        a = torch.mm(a, a) / MATRIX_SIZE
         for _ in range(REPEATS):
             with clock(device) as read:
                 torch.mm(a, a)
             best = min(best, read())
-    return 2 * SIZE ** 3 / best
+    return 2 * MATRIX_SIZE ** 3 / best
 
 
 def peak_memory(device):
-    """Bytes: of the GPU, else of the process; nan where the system does not tell."""
+    """Largest memory so far, bytes: of the GPU, else of the process; nan where it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
-    except ImportError:
+    except ImportError:         # Windows has no such module
         return math.nan
+    # macOS counts bytes, Linux kilobytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,23 +1,36 @@
-"""A procedural apical four-chamber echocardiogram with its 12-lead ECG: data that needs no download.
+"""The phantom: simulated echocardiograms with their 12-lead ECGs, data that needs no download.
 
-    python -m sources.phantom --out=datasets/phantom --clips=1000   # a core: 0.07 s a clip, --size=128 0.25 s
+    python -m sources.phantom --out=datasets/phantom --clips=1000 --seed=0
+    # one core: 0.07 s a clip, with --size=128 0.25 s
 
-ECG: each beat is five Gaussian waves P Q R S T in its phase (ECGSYN: McSharry et al., IEEE TBME 50:289, 2003,
-in closed form), each a dipole projected on 12 leads (Dower, J Electrocardiol 13:119, 1980). Echo: the left
-ventricle (LV) is largest at the R peak, empties in electromechanical systole (Weissler et al., Circulation
-37:149, 1968), fills early, rests, and is topped up by the atria after P. Scatterers move with the tissue; a
-polar point-spread function, log compression and scan conversion make the image. The ejection fraction (EF)
-follows from what can be seen: QRS width, T wave, R amplitude, a large round LV. Volume is the method of disks
-on the drawn contour, so EF, masks and R peaks are exact ground truth.
+A clip is made in six steps, and each step is a section of this file:
 
-Lengths are in cm. Points are complex: x + iy in the image, from the transducer, y down; u + iv in the heart,
-from the LV apex, v to the base. "Reference" is the end of diastole. N points, T frames, R x A polar cells.
+1. Rhythm and ECG (data/ecgsyn.py): beats drawn at random, their waves by ECGSYN (McSharry et al.,
+   IEEE TBME 50:289, 2003), on 12 leads by Dower's matrix (J Electrocardiol 13:119, 1980).
+2. Filling curve: the left ventricle (LV) is largest at the R peak, empties during systole (Weissler
+   et al., Circulation 37:149, 1968), fills early, rests, and the atria fill it up after a P wave.
+3. Anatomy: the sizes of one heart, and its place in the sector that the transducer sees.
+4. Motion: where each point of the tissue is in each frame, given the LV volume.
+5. Scatterers: random points in the tissue and in the blood, each with its echo in dB.
+6. Image formation: point-spread function, noise, log compression, scan conversion.
+
+The ejection fraction (EF) can be inferred from what is seen: QRS width, T wave, R amplitude, and a
+large round LV. The volume is the method of disks on the drawn contour. So EF, masks and R peaks are
+exact ground truth.
+
+Units: cm, s, ml, dB, radians. The reference is the end of diastole.
+A point of the plane is one complex number, because then a shift is a sum, a rotation is a product,
+and the distance from the transducer is abs():
+    image point  x + iy, from the transducer; y points down
+    heart point  u + iv, from the LV apex; v points to the base. u < 0 is the septum's side
+    image point = sector.apex + sector.turn * heart point
+Shapes: N points, T frames, R x A cells of the polar grid.
 """
 import os
 import sys
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
@@ -31,306 +44,592 @@ from data.writer import prepare
 
 @dataclass
 class PhantomConfig:
+    """Flags of `python -m sources.phantom`."""
     out: str = "datasets/phantom"  # folder to write
     clips: int = 1000              # clips in the train split
     val: int = 64                  # clips in the val split
     test: int = 128                # clips in the test split
     size: int = 64                 # height and width in pixels
     fps: float = 25.0              # frames per second
-    any_fps: float = 0.0           # share of the training clips with a rate of their own, 8 to 60 a second
+    any_fps: float = 0.0           # share of the training clips with a random rate, 8 to 60 a second
     frames: int = 64               # frames a clip
     hr: float = 0.0                # heart rate of all clips, beats a minute; 0 = drawn
     any_hr: float = 0.0            # share of the training clips with any heart rate, 35 to 175 a minute
     any_qt: float = 0.0            # share of them with QT interval and systole 0.8 to 1.4 times the usual
     views: str = "A4C"             # of the clips, drawn from this list: A4C, A2C
-    rhythm: str = ""               # sinus, ectopic, pause, asystole, flat or af for all clips; empty = drawn
+    rhythm: str = ""               # of all clips: sinus, ectopic, pause, asystole, flat, af; empty = drawn
     seed: int = 0                  # the same seed gives the same bytes, whatever the number of workers
-    workers: int = 0               # processes; 0: one a core
+    workers: int = 0               # processes; 0 = one a core
 
 
-DIASTASIS = 0.82                   # filling without the atria; 1 = end of diastole, 0 = end of systole
+DIASTASIS = 0.82    # filling without the atria; 1 = end of diastole, 0 = end of systole
 VIEWS = ["A4C", "A2C"]
-DISKS = (np.arange(100) + 0.5) / 100             # heights of the method of disks, 0 apex .. 1 base
+DISKS = (np.arange(100) + 0.5) / 100    # heights of the method of disks: 0 = apex, 1 = base
 
 
-# ---------------------------------------------------------------------------- rhythm and ECG
+# ---------------------------------------------------------------------------- 2. filling curve
 
+class Beat(NamedTuple):
+    """One beat of the filling curve, from its R peak to the next; times in s, fillings 0..1."""
+    r: float            # R peak
+    next_r: float       # the next R peak
+    systole: float      # length of ejection
+    relax: float        # from the end of ejection to the begin of filling
+    fill: float         # length of early filling
+    kick: float         # when the atria contract
+    begin: float        # filling at the R peak
+    emptied: float      # filling after ejection
+    rest: float         # filling after early filling
+    has_kick: bool      # the atria contract only if the next beat has a P wave
 
-# ---------------------------------------------------------------------------- the moving heart
 
 def smoothstep(x):
-    """0 below 0, 1 above 1, an S between."""
+    """0 below 0, 1 above 1, and an S-shaped curve between."""
     x = np.clip(x, 0, 1)
     return x * x * (3 - 2 * x)
 
 
-def filling_curve(beats, at):
-    """LV filling (1 end of diastole, 0 end of systole) and opening of the valves (0..1) at times `at` (s)."""
-    time, rest = np.arange(at[0] - 4, at[-1] + 0.5, 0.002), 1.0 if beats.af else DIASTASIS
-    filling, shut = np.full(len(time), rest), np.zeros(len(time), bool)
-    # Beat 0 is the stillness before the first one
-    rr, ectopic, p = [beats.rr0, *beats.rr], [False, *beats.ectopic], [*beats.p, False]
-    level, r = rest, [-1e3, *beats.r, 1e3]
+def filling_of_beat(beat, t):
+    """LV filling (0..1) at times t within a beat: ejection, early filling, atrial kick."""
+    b = beat
+    ejection = (b.emptied - b.begin) * smoothstep((t - b.r) / b.systole)
+    early = (b.rest - b.emptied) * smoothstep((t - b.r - b.systole - b.relax) / b.fill)
+    kick_length = max(b.next_r - b.kick, 0.03)
+    atrial = (1 - b.rest) * b.has_kick * smoothstep((t - b.kick) / kick_length)
+    return b.begin + ejection + early + atrial
+
+
+def plan_beats(beats):
+    """The Beats of a rhythm (data.ecgsyn). The first is the stillness before the first R peak."""
+    full = 1.0 if beats.af else DIASTASIS
+    r = [-1e3, *beats.r, 1e3]
+    rr = [beats.rr0, *beats.rr]
+    ectopic = [False, *beats.ectopic]
+    has_kick = [*beats.p, False]
+    begin = full
     for k in range(len(r) - 1):
         systole = usual_systole(rr[k]) * beats.qt
         relax = 0.2 * (min(beats.rr0, 0.8) - systole)
         fill = min(0.6 * (beats.rr0 - systole), 0.26 + 0.2 * beats.af)
-        left = level * (1.0 if k == 0 else 0.5 if ectopic[k] else 0.0)   # an early beat empties badly
-        top, kick = max(rest, left), max(r[k + 1] - 0.12, r[k] + systole + relax)
+        # A normal beat empties to 0. An early (ectopic) one ejects half, the stillness nothing.
+        remaining = 0.0
+        if ectopic[k]:
+            remaining = 0.5
+        if k == 0:
+            remaining = 1.0
+        emptied = begin * remaining
+        kick = max(r[k + 1] - 0.12, r[k] + systole + relax)
+        beat = Beat(r[k], r[k + 1], systole, relax, fill, kick, begin, emptied,
+                    max(full, emptied), has_kick[k])
+        yield beat
+        # The next R peak ends this beat wherever its filling is
+        begin = filling_of_beat(beat, r[k + 1])
 
-        def curve(t):
-            """Ejection, early filling, and the atrial kick only a P wave brings; the next beat ends it."""
-            return (level + (left - level) * smoothstep((t - r[k]) / systole)
-                    + (top - left) * smoothstep((t - r[k] - systole - relax) / fill)
-                    + (1 - top) * p[k] * smoothstep((t - kick) / max(r[k + 1] - kick, 0.03)))
-        now = (time >= r[k]) & (time < r[k + 1])
-        filling[now], shut[now] = curve(time[now]), (time[now] < r[k] + systole + 0.5 * relax) & (k > 0)
-        level = curve(r[k + 1])
+
+def filling_curve(beats, at):
+    """LV filling (1 end of diastole, 0 end of systole) and opening of the valves (0..1), (T,) each,
+    at times `at` (T,) in s, for a rhythm of data.ecgsyn."""
+    step = 0.002
+    time = np.arange(at[0] - 4, at[-1] + 0.5, step)
+    filling = np.full(len(time), np.nan)
+    shut = np.zeros(len(time), bool)
+    for k, beat in enumerate(plan_beats(beats)):
+        now = (time >= beat.r) & (time < beat.next_r)
+        filling[now] = filling_of_beat(beat, time[now])
+        # Mitral and tricuspid valves are shut during ejection and half of relaxation
+        shut[now] = (time[now] < beat.r + beat.systole + 0.5 * beat.relax) & (k > 0)
     filling = gaussian_filter1d(filling, 4)
-    opening = gaussian_filter1d(~shut * (0.3 + 0.7 * np.clip(np.gradient(filling, 0.002) / 2.5, 0, 1)), 10)
+    # An open valve opens further, the faster blood flows in
+    inflow = np.clip(np.gradient(filling, step) / 2.5, 0, 1)
+    opening = gaussian_filter1d(~shut * (0.3 + 0.7 * inflow), 10)
     return np.interp(at, time, filling), np.interp(at, time, opening)
 
 
-def profile(a, s, squeeze=0.0):
-    """LV half-width at height s (0 apex .. 1 base), largest = 1; squeeze (contraction) spares the ring."""
-    return np.clip(1 - (s / a.belly - 1) ** 2, 0, 1) ** a.power * (1 + 0.25 * squeeze * np.clip(s, 0, 1) ** 3)
+# ---------------------------------------------------------------------------- 3. anatomy
+
+@dataclass
+class Heart:
+    """The sizes of one heart at the reference, in cm unless stated otherwise."""
+    length: float       # LV, apex to base
+    belly: float        # height at which the LV is widest, share of its length
+    power: float        # shape of the LV's outline: smaller is rounder
+    wall: float         # thickness of the LV wall
+    rv_width: float     # right ventricle; 0 in a two-chamber view
+    la_length: float    # left atrium
+    la_width: float     # half-width of the left atrium
+    ra_length: float    # right atrium
+    width: float        # largest half-width of the LV
+
+    @property
+    def edv(self):
+        """End-diastolic volume in ml, by the method of disks."""
+        return np.pi * self.length * np.mean((self.width * profile(self, DISKS)) ** 2)
 
 
-def draw_anatomy(rng, dilated):
-    """One heart at the reference: sizes in cm, edv in ml, and its place in a sector of half-angle `half`."""
-    sizes = dict(length=(7.6, 9.2), belly=(0.57, 0.66), power=(0.42, 0.55), wall=(0.8, 1.15), rv=(2.1, 3.3),
-                 la=(3.4, 4.6), la_width=(1.9, 2.5), ra=(3.2, 4.4))
-    a = SimpleNamespace(**{name: rng.uniform(*limits) for name, limits in sizes.items()})
-    a.length, a.wall, a.la = a.length + 0.9 * dilated, a.wall - 0.2 * dilated, a.la + 0.8 * dilated
-    a.width = a.length * (0.265 + 0.085 * dilated + rng.normal(0, 0.008))           # rounder when ill
-    a.edv = np.pi * a.length * np.mean((a.width * profile(a, DISKS)) ** 2)
-    a.turn, top = complex(np.exp(-1j * np.deg2rad(rng.uniform(-11, 13)))), rng.uniform(1.6, 3.0)
-    # The middle of the LV lies a little right of the sector's axis; the sector opens as far as the LV needs
-    middle = 0.55j * a.length * a.turn
-    a.apex = 1j * top + float((top + middle.imag) * np.tan(rng.uniform(0, 0.16)) - middle.real)
-    contour = a.apex + (np.array([[-1], [1]]) * a.width * profile(a, DISKS) + 1j * DISKS * a.length) * a.turn
-    a.half = float(max(rng.uniform(0.63, 0.78), 0.05 + np.abs(np.arctan2(contour.real, contour.imag)).max()))
-    a.depth = top + (a.length + a.la) * a.turn.real + rng.uniform(0.6, 2.2)
-    return a
+class Sector(NamedTuple):
+    """What the transducer sees, and where the heart lies in it."""
+    apex: complex       # of the LV: image point, cm
+    turn: complex       # rotation of the heart, a number of modulus 1
+    half_angle: float   # of the sector, radians
+    depth: float        # of the sector, cm
+    pitch: float        # of the pixels, cm
+    size: int           # height and width in pixels
 
 
-def beat_shape(a, volume):
-    """LV length, half-width (cm) and squeeze per frame, whose method of disks gives `volume` (T,) in ml."""
-    squeeze = (1 - volume / a.edv) / 0.6
-    length = a.length * (volume / a.edv) ** 0.19                         # EF 60: the base comes down by 16 %
-    width = np.sqrt(volume / (np.pi * length * np.mean(profile(a, DISKS[:, None], squeeze) ** 2, 0)))
+def profile(heart, s, squeeze=0.0):
+    """LV half-width at height s (0 apex .. 1 base), largest = 1.
+
+    squeeze is how far the LV has contracted, 1 at EF 60. The mitral ring takes less part in it.
+    """
+    outline = np.clip(1 - (s / heart.belly - 1) ** 2, 0, 1) ** heart.power
+    return outline * (1 + 0.25 * squeeze * np.clip(s, 0, 1) ** 3)
+
+
+def draw_heart(rng, dilated):
+    """A random heart. dilated (0..1): an ill LV is longer and rounder, and its wall thinner."""
+    length = rng.uniform(7.6, 9.2) + 0.9 * dilated
+    belly = rng.uniform(0.57, 0.66)
+    power = rng.uniform(0.42, 0.55)
+    wall = rng.uniform(0.8, 1.15) - 0.2 * dilated
+    rv_width = rng.uniform(2.1, 3.3)
+    la_length = rng.uniform(3.4, 4.6) + 0.8 * dilated
+    la_width = rng.uniform(1.9, 2.5)
+    ra_length = rng.uniform(3.2, 4.4)
+    width = length * (0.265 + 0.085 * dilated + rng.normal(0, 0.008))
+    return Heart(length, belly, power, wall, rv_width, la_length, la_width, ra_length, width)
+
+
+def draw_sector(rng, heart, size):
+    """A random Sector for a heart, in a square image of `size` pixels."""
+    turn = complex(np.exp(-1j * np.deg2rad(rng.uniform(-11, 13))))
+    top = rng.uniform(1.6, 3.0)
+    # The middle of the LV lies a little right of the sector's axis
+    middle = 0.55j * heart.length * turn
+    right = float((top + middle.imag) * np.tan(rng.uniform(0, 0.16)) - middle.real)
+    apex = 1j * top + right
+    # The sector is wide enough to show the whole contour of the LV
+    sides = np.array([[-1], [1]]) * heart.width * profile(heart, DISKS)     # 2 x 100
+    contour = apex + (sides + 1j * DISKS * heart.length) * turn
+    needed = 0.05 + np.abs(np.arctan2(contour.real, contour.imag)).max()
+    half_angle = float(max(rng.uniform(0.63, 0.78), needed))
+    depth = top + (heart.length + heart.la_length) * turn.real + rng.uniform(0.6, 2.2)
+    pitch = depth * rng.uniform(1.0, 1.1) / size
+    return Sector(apex, turn, half_angle, depth, pitch, size)
+
+
+def arch(x):
+    """A quarter circle: 1 at x = 0, 0 from x = 1 on."""
+    return np.sqrt(np.clip(1 - x ** 2, 0, 1))
+
+
+def layers(heart, v):
+    """The borders at heights v (N,) of the reference, three half-widths or widths (N,) in cm: inside
+    of the LV or left atrium, outside of its wall, and the right heart beside it."""
+    s = v / heart.length
+    below = np.maximum(v - heart.length, 0)     # cm behind the mitral ring
+
+    # Inside: the LV, then an atrium that widens from the ring to la_width
+    ring = heart.width * profile(heart, 1.0)
+    widening = np.minimum(3 * below / heart.la_length, 1)
+    atrium = arch(below / heart.la_length) * (ring + (heart.la_width - ring) * widening)
+    inner = np.where(s < 1, heart.width * profile(heart, s), atrium)
+
+    # Outside: the wall also covers the apex, and thins to 0.25 cm round the atrium
+    height = (v + 0.8 * heart.wall) / (heart.length + 0.8 * heart.wall)
+    around = (heart.width + heart.wall) * profile(heart, height)
+    thick = (0.25 + (heart.wall - 0.25) * np.exp(-2 * below)) * arch(below / (heart.la_length + 0.3))
+    outer = np.where(s < 1, around, atrium + thick)
+
+    # The right ventricle ends before the apex, and its ring lies higher than the mitral one
+    ventricle = np.clip(s / 0.75 - 0.267, 0, 1) ** 0.6
+    right_atrium = arch((v - 0.95 * heart.length) / (heart.ra_length + 0.4))
+    right = np.where(s < 0.95, ventricle, right_atrium)
+    return inner, np.maximum(outer, inner), heart.rv_width * right
+
+
+# ---------------------------------------------------------------------------- 4. motion
+
+def beat_shape(heart, volume):
+    """LV length (cm), half-width (cm) and squeeze of each frame, (3, T) float32: the shape whose
+    method of disks gives `volume` (T,) in ml."""
+    squeeze = (1 - volume / heart.edv) / 0.6
+    # At EF 60 the base comes down by 16 %; the width makes up the rest of the volume
+    length = heart.length * (volume / heart.edv) ** 0.19
+    disks = profile(heart, DISKS[:, None], squeeze)                     # 100 x T
+    width = np.sqrt(volume / (np.pi * length * np.mean(disks ** 2, 0)))
     return np.stack([length, width, squeeze]).astype(np.float32)
 
 
-def layers(a, v):
-    """Reference heights v: half-width of LV or left atrium, of its outer wall, width of the right heart."""
-    s, below, ring = v / a.length, np.maximum(v - a.length, 0), a.width * profile(a, 1.0)
-    arch = lambda x: np.sqrt(np.clip(1 - x ** 2, 0, 1))
-    atrium = arch(below / a.la) * (ring + (a.la_width - ring) * np.minimum(3 * below / a.la, 1))
-    inner = np.where(s < 1, a.width * profile(a, s), atrium)
-    around = (a.width + a.wall) * profile(a, (v + 0.8 * a.wall) / (a.length + 0.8 * a.wall))
-    thick = (0.25 + (a.wall - 0.25) * np.exp(-2 * below)) * arch(below / (a.la + 0.3))
-    outer = np.where(s < 1, around, atrium + thick)
-    right_atrium = arch((v - 0.95 * a.length) / (a.ra + 0.4))
-    right = np.where(s < 0.95, np.clip(s / 0.75 - 0.267, 0, 1) ** 0.6, right_atrium)
-    return inner, np.maximum(outer, inner), a.rv * right
+def move(heart, w, shape):
+    """Where the material points w (N,), heart points at the reference, are in each frame: (N, T).
 
-
-def move(a, w, shape):
-    """Material points w (N,), complex heart coordinates at the reference -> where they are, (N, T)."""
+    shape (3, T) is beat_shape's.
+    """
     length, width, squeeze = shape
-    u, v, inner, outer, right = (x.astype(np.float32)[:, None] for x in (w.real, w.imag, *layers(a, w.imag)))
-    s, r = np.clip(v / a.length, 0, 1), np.abs(u)
-    beyond = np.clip(r - outer, 0, (u < 0) * right)                      # how far into the right heart
-    fade = np.exp(-np.maximum(r - outer - beyond - 0.5, 0) / 1.5)        # far tissue stays where it is
-    lv = np.exp(-np.maximum(v - a.length, 0))                            # 1 in the LV, fading into the atria
-    scale = 1 + lv * (width / a.width * (1 + 0.25 * squeeze * s ** 3) - 1) + 0.1 * squeeze * (1 - lv)
-    # The cavity scales; the wall keeps its volume (a shell round the long axis): it thickens as it shortens
-    core, shell = np.minimum(r, inner), np.minimum(r, outer)
-    grown = np.sqrt((core * scale) ** 2 + (shell ** 2 - core ** 2) * (1 + lv * (a.length / length - 1)))
+
+    def column(x):
+        """(N,) -> (N, 1), against the frames."""
+        return x.astype(np.float32)[:, None]
+    u, v = column(w.real), column(w.imag)
+    inner, outer, right = map(column, layers(heart, w.imag))
+    s = np.clip(v / heart.length, 0, 1)
+    r = np.abs(u)
+    beyond = np.clip(r - outer, 0, (u < 0) * right)                     # cm into the right heart
+    fade = np.exp(-np.maximum(r - outer - beyond - 0.5, 0) / 1.5)       # far tissue stays still
+    lv = np.exp(-np.maximum(v - heart.length, 0))                       # 1 in the LV, to 0 in the atria
+
+    # Sideways: the cavity scales with the LV's width; the atria widen while the LV contracts
+    ratio = width / heart.width * (1 + 0.25 * squeeze * s ** 3)
+    scale = 1 + lv * (ratio - 1) + 0.1 * squeeze * (1 - lv)             # N T
+    # The wall keeps its volume, a shell round the long axis: so it thickens as it shortens
+    core = np.minimum(r, inner)
+    shell = np.minimum(r, outer)
+    stretch = 1 + lv * (heart.length / length - 1)
+    grown = np.sqrt((core * scale) ** 2 + (shell ** 2 - core ** 2) * stretch)
     r = r + (grown - shell - 0.25 * squeeze * beyond) * fade
-    down = s * np.clip(1 - (v - a.length) / a.la, 0, 1) * (1 + 0.1 * beyond) * fade
-    return np.sign(u) * r + 1j * (v + (length - a.length) * down)
+
+    # Along the axis: the base moves towards the apex, the right heart's ring a little more
+    down = s * np.clip(1 - (v - heart.length) / heart.la_length, 0, 1) * (1 + 0.1 * beyond) * fade
+    return np.sign(u) * r + 1j * (v + (length - heart.length) * down)
 
 
-def draw_mask(a, size, pitch, shape, breath):
-    """Inside of the LV contour: uint8 (T, H, W)."""
-    length, width, squeeze = shape[:, :, None, None]
-    row, column = np.mgrid[:size, :size]
-    w = ((column - (size - 1) / 2 + 1j * row + 0.5j) * pitch - a.apex - breath[:, None, None]) / a.turn
+def draw_mask(heart, sector, shape, breath):
+    """Inside of the LV contour in each frame: uint8 (T, H, W). breath (T,) shifts the heart."""
+    length, width, squeeze = shape[:, :, None, None]                    # T 1 1 each
+    row, column = np.mgrid[:sector.size, :sector.size]
+    pixel = (column - (sector.size - 1) / 2 + 1j * row + 0.5j) * sector.pitch
+    w = (pixel - sector.apex - breath[:, None, None]) / sector.turn     # T H W
     s = (w.imag / length).astype(np.float32)
-    return ((s > 0) & (s < 1) & (np.abs(w.real) < width * profile(a, s, squeeze))).astype(np.uint8)
+    inside = np.abs(w.real) < width * profile(heart, s, squeeze)
+    return ((s > 0) & (s < 1) & inside).astype(np.uint8)
 
 
-# ---------------------------------------------------------------------------- what reflects, and its image
+# ---------------------------------------------------------------------------- 5. scatterers
 
-def echo_level(rng, a, w):
-    """Reflection of reference points w (N,) in dB, and where it is blood (N,)."""
-    u, v, r, s, (inner, outer, right) = w.real, w.imag, np.abs(w.real), w.imag / a.length, layers(a, w.imag)
-    outside = r - outer - (u < 0) * right                                # cm beyond the free walls
-    behind = v - a.length - a.la                                         # cm beyond the left atrium
+class Scatterers(NamedTuple):
+    """The points that reflect."""
+    z: np.ndarray       # image points in each frame, (N, T) complex64
+    db: np.ndarray      # level of the echo in dB, (N,)
+    swirl: np.ndarray   # turns a second of the phase by itself, in blood only, (N,)
+
+
+def echo_level(rng, heart, w):
+    """Echo of reference points w (N,) in dB, and which of them are blood (N,)."""
+    u, v = w.real, w.imag
+    r = np.abs(u)
+    s = v / heart.length
+    inner, outer, right = layers(heart, v)
+    outside = r - outer - (u < 0) * right               # cm beyond the free walls
+    behind = v - heart.length - heart.la_length         # cm beyond the left atrium
     blood = (outside < 0) & ((r < inner) | (r >= outer))
+
+    # Tissue: the first condition that holds gives the level; none holds in the lung
     septum, lateral, pericardium, lung, deep = rng.uniform([-10, -14, -7, -36, -7], [-4, -6, 3, -22, 1])
-    db = np.select([outside < 0, outside < 0.3 * (u < 0), (outside < 0.4) & (s > 0.15) & (behind < 0),
-                    (v < -0.4) & (r < 4), behind > 0],
-                   [np.where(s < 1, np.where(u < 0, septum, lateral), -13), -13, pericardium,
-                    -14, deep - 4 * np.maximum(behind - 0.8, 0) - 3 * outside.clip(0, 4)],
-                   lung + 12 * np.exp(-np.maximum(outside, 0) / rng.uniform(1, 3)))
-    patches = sum(np.sin(k[0] * u + k[1] * v + k[2]) for k in rng.normal(0, [1.2, 1.2, 9], (6, 3)))
-    pool = rng.uniform(-46, -37) + 12 * np.exp(-(s / 0.22) ** 2) * (r < inner)        # trabeculae at the apex
-    muscle = ((u - 0.75 * inner) / 0.5) ** 2 + ((s - rng.uniform(.45, .6)) / .12) ** 2 < (rng.random() < 0.6)
-    return np.where(blood, np.where(muscle, -18, pool), db) + rng.uniform(1.2, 3) * patches, blood
+    lv_wall = np.where(u < 0, septum, lateral)
+    regions = [
+        (outside < 0, np.where(s < 1, lv_wall, -13)),                   # walls of LV and atria
+        (outside < 0.3 * (u < 0), -13),                                 # free wall of the right heart
+        ((outside < 0.4) & (s > 0.15) & (behind < 0), pericardium),
+        ((v < -0.4) & (r < 4), -14),                                    # chest wall above the apex
+        (behind > 0, deep - 4 * np.maximum(behind - 0.8, 0) - 3 * outside.clip(0, 4))]
+    conditions, levels = zip(*regions)
+    lung_db = lung + 12 * np.exp(-np.maximum(outside, 0) / rng.uniform(1, 3))
+    db = np.select(conditions, levels, lung_db)
+
+    # Tissue is uneven: a sum of six random waves
+    patches = 0
+    for along_u, along_v, phase in rng.normal(0, [1.2, 1.2, 9], (6, 3)):
+        patches = patches + np.sin(along_u * u + along_v * v + phase)
+
+    # Blood is dark, with trabeculae at the apex and, in 6 of 10 hearts, a papillary muscle
+    pool = rng.uniform(-46, -37) + 12 * np.exp(-(s / 0.22) ** 2) * (r < inner)
+    distance = ((u - 0.75 * inner) / 0.5) ** 2 + ((s - rng.uniform(.45, .6)) / .12) ** 2
+    muscle = distance < (rng.random() < 0.6)
+    level = np.where(blood, np.where(muscle, -18, pool), db)
+    return level + rng.uniform(1.2, 3) * patches, blood
 
 
-def leaflets(rng, a, shape, opening, n):
-    """Mitral and tricuspid leaflets (4 n, T), heart coordinates; they hang on moving points of the rings."""
-    (inner, _), (_, outer), (_, right) = layers(a, a.length - np.array([0, 0.5]))
+def leaflets(rng, heart, shape, opening, n):
+    """Mitral and tricuspid leaflets, n points each: heart points (4 n, T). opening (T,) is 0..1."""
+    # They hang on the rings, which move with the tissue; the tricuspid ring lies 0.5 cm higher
+    (inner, _), (_, outer), (_, right) = layers(heart, heart.length - np.array([0, 0.5]))
     hinge = 0.97 * np.array([-inner, inner, -outer - right, -outer])
-    ring = move(a, hinge + 1j * (a.length - np.array([0, 0, 0.5, 0.5])), shape)
-    along, leaves = rng.random((n, 1)), []
-    angle = np.deg2rad(14 + 60 * opening) * (1.15 - 0.3 * along)         # from the ring towards the apex
-    for k, (other, share) in enumerate([(1, 0.62), (0, 0.48), (3, 0.55), (2, 0.55)]):
-        across = hinge[other] - hinge[k]
-        leaves.append(ring[k] + share * along * (across * np.cos(angle) - 1j * abs(across) * np.sin(angle)))
+    ring = move(heart, hinge + 1j * (heart.length - np.array([0, 0, 0.5, 0.5])), shape)     # 4 T
+    along = rng.random((n, 1))                          # place on the leaflet, 0 = hinge
+    angle = np.deg2rad(14 + 60 * opening) * (1.15 - 0.3 * along)        # n T, from ring towards apex
+    # Each leaflet points to the opposite hinge and has a share of the ring's width as its length
+    leaves = []
+    for k, (opposite, share) in enumerate([(1, 0.62), (0, 0.48), (3, 0.55), (2, 0.55)]):
+        across = hinge[opposite] - hinge[k]
+        direction = across * np.cos(angle) - 1j * abs(across) * np.sin(angle)
+        leaves.append(ring[k] + share * along * direction)              # n T
     return np.concatenate(leaves) + rng.normal(0, 0.05, (4 * n, 2)) @ [[1], [1j]]
 
 
-def scan_conversion(a, size, pitch, radius, angle):
-    """Polar to Cartesian, bilinear, as a sparse matrix (H * W, R * A); rows outside the sector are empty."""
-    row, column = np.divmod(np.arange(size * size), size)
-    x, y = (column - (size - 1) / 2) * pitch, (row + 0.5) * pitch
-    r, t, n = np.hypot(x, y), np.arctan2(x, y), len(angle)
-    inside = np.flatnonzero((np.abs(t) < a.half) & (r < a.depth) & (r > 0.3))
-    i, fi = np.divmod(r[inside] / radius[1], 1)
-    j, fj = np.divmod((t[inside] - angle[0]) / (angle[1] - angle[0]), 1)
-    weights = np.concatenate([(1 - fi) * (1 - fj), (1 - fi) * fj, fi * (1 - fj), fi * fj]).astype(np.float32)
-    cells = (i * n + j + np.array([[0], [1], [n], [n + 1]])).astype(int)
-    return csr_matrix((weights, (np.tile(inside, 4), cells.ravel())), (size * size, len(radius) * n))
+def draw_scatterers(rng, heart, sector, shape, *, opening, breath):
+    """Random Scatterers of tissue and blood, of the valves, and of the haze near the transducer.
+
+    shape (3, T), opening (T,) of the valves, breath (T,): shift of the heart in cm.
+    """
+    # 1. Tissue and blood, over the whole sector, a little denser near the transducer
+    n = int(1.4 * sector.size ** 2 + 5000)
+    t = rng.uniform(-sector.half_angle - 0.06, sector.half_angle + 0.06, n)
+    r = (sector.depth + 0.5) * rng.random(n) ** 0.55
+    tissue = (1j * r * np.exp(-1j * t) - sector.apex) / sector.turn
+    db, blood = echo_level(rng, heart, tissue)
+
+    # 2. Valves
+    valves = leaflets(rng, heart, shape, opening, n // 80)
+
+    # 3. Haze: reverberation within 5 cm of the transducer, which does not move
+    near = 5 * rng.random(n // 10)
+    haze = 1j * near * np.exp(-1j * rng.uniform(-sector.half_angle, sector.half_angle, len(near)))
+    haze_db = (rng.uniform(-14, -5) - rng.uniform(4, 9) * near
+               + 4 * np.sin(rng.uniform(3, 6) * near))
+
+    # Together: the heart moves, turns into the image and shifts with breathing
+    moving = np.concatenate([move(heart, tissue, shape), valves])       # heart points
+    z = sector.apex + breath + sector.turn * moving                     # image points
+    z = np.concatenate([z, haze[:, None].repeat(len(breath), 1)]).astype(np.complex64)
+    db = np.concatenate([db, np.full(len(valves), rng.uniform(-16, -9)), haze_db])
+    swirl = np.pad(3 * rng.standard_normal(n) * blood, (0, len(z) - n))
+    return Scatterers(z, db, swirl)
 
 
-def draw_gain(rng, a, radius, angle):
-    """Gain (R, A, 1) in dB: uneven contact, faint edges, at times a lateral shadow, what the TGC leaves."""
-    uneven = gaussian_filter1d(rng.standard_normal(len(angle)), 0.09 / (angle[1] - angle[0]), mode="wrap")
-    shadow = np.exp(-((angle - rng.uniform(0.3, 0.6)) / rng.uniform(0.06, 0.14)) ** 2)
-    gain = uneven / uneven.std() * rng.uniform(0.5, 2.5) - rng.uniform(6, 14) * (rng.random() < 0.3) * shadow
-    gain = gain - 9 * smoothstep((np.abs(angle) / a.half - 0.65) / 0.35) - rng.uniform(2, 8)
-    return (gain + rng.normal(0, 0.35) * (radius[:, None] - a.depth / 2))[..., None].astype(np.float32)
+# ---------------------------------------------------------------------------- 6. image formation
+
+class PolarGrid(NamedTuple):
+    """The beams: A angles with R samples each, and the size of the point-spread function (PSF)."""
+    radius: np.ndarray  # of the samples, (R,) cm
+    fine: np.ndarray    # twice as dense, in which scatterers are placed, (2 R or less,) cm
+    angle: np.ndarray   # of the beams, (A,) radians
+    sigma_r: float      # of the PSF along the beam, cm
+    sigma_t: float      # and across, radians
 
 
-def render(rng, a, size, pitch, z, db, swirl, fps, noise):
-    """Scatterers at image points z (N, T), level db (N,), turning at swirl (N,) Hz -> uint8 (T, H, W)."""
-    (n, frames), f4 = z.shape, np.float32
-    sigma_r = rng.uniform(0.8, 1.1) * (0.04 + 0.75 * pitch)              # PSF in cm, radians: > 1.5 pixels
-    sigma_t = rng.uniform(0.85, 1.2) * (0.008 + 0.08 * pitch)
-    fine = np.arange(0, a.depth + max(0.5, 1.6 * sigma_r), sigma_r / 2.6)
-    angle = np.arange(-a.half - 0.06, a.half + max(0.07, 1.3 * sigma_t), sigma_t / 1.25)
-    radius, r, t = fine[::2], np.abs(z), np.arctan2(z.real, z.imag)
-    i, j = (r / fine[1] + 0.5).astype(int), ((t - angle[0]) / (angle[1] - angle[0]) + 0.5).astype(int)
-    good = (i < len(fine)) & (j >= 0) & (j < len(angle))
-    cell = np.where(good, (i * len(angle) + j) * frames + np.arange(frames), 0).ravel()
-    # The carrier's phase turns as a scatterer moves along the beam: speckle; blood also turns on its own
+def draw_polar_grid(rng, sector):
+    """A PolarGrid for a sector. The PSF is wider than 1.5 pixels, so the image does not alias."""
+    sigma_r = rng.uniform(0.8, 1.1) * (0.04 + 0.75 * sector.pitch)
+    sigma_t = rng.uniform(0.85, 1.2) * (0.008 + 0.08 * sector.pitch)
+    half = sector.half_angle
+    fine = np.arange(0, sector.depth + max(0.5, 1.6 * sigma_r), sigma_r / 2.6)
+    angle = np.arange(-half - 0.06, half + max(0.07, 1.3 * sigma_t), sigma_t / 1.25)
+    return PolarGrid(fine[::2], fine, angle, sigma_r, sigma_t)
+
+
+def received_echo(rng, grid, scatterers, fps):
+    """The signal behind the transducer: [real part, imaginary part], (R, A, T) float32 each."""
+    f4 = np.float32
+    z, db, swirl = scatterers
+    n, frames = z.shape
+    shape = len(grid.fine), len(grid.angle), frames
+
+    # 1. The cell of the fine grid in which each scatterer lies
+    r = np.abs(z)
+    t = np.arctan2(z.real, z.imag)
+    i = (r / grid.fine[1] + 0.5).astype(int)
+    j = ((t - grid.angle[0]) / (grid.angle[1] - grid.angle[0]) + 0.5).astype(int)
+    good = (i < shape[0]) & (j >= 0) & (j < shape[1])
+    cell = np.where(good, (i * shape[1] + j) * frames + np.arange(frames), 0).ravel()   # N * T
+
+    # 2. Phase and amplitude. The carrier's phase turns as a scatterer moves along the beam, which
+    #    makes speckle; that of blood also turns by itself.
     own = np.outer(swirl, np.arange(frames) / fps) + rng.random((n, 1))
-    phase = r * (6.283 / (2.2 * sigma_r)) + 6.283 * own.astype(f4)
+    phase = r * (6.283 / (2.2 * grid.sigma_r)) + 6.283 * own.astype(f4)                 # N T
     amplitude = good * (10 ** (db / 20) * rng.rayleigh(0.7, n)).astype(f4)[:, None]
-    pulse = np.exp(-0.5 * ((radius[:, None] - fine) / sigma_r) ** 2).astype(f4)
-    beam, echo = np.exp(-0.5 * ((angle[:, None] - angle) / sigma_t) ** 2).astype(f4), []
-    for part in (np.cos, np.sin):                                        # real, imaginary
-        field = np.bincount(cell, (amplitude * part(phase)).ravel(), len(fine) * len(angle) * frames)
-        field = pulse @ field.astype(f4).reshape(len(fine), -1)                                # R, A * T
-        echo.append(beam @ field.reshape(len(radius), len(angle), frames))                     # R A T
-    unit = np.sqrt(np.percentile(echo[0][..., 0] ** 2 + echo[1][..., 0] ** 2, 97))         # bright in frame 0
-    floor = (noise * 10 ** ((rng.uniform(-58, -48) + 8 * radius / a.depth) / 20)).astype(f4)   # receiver
-    power = sum((x / unit + floor[:, None, None] * rng.standard_normal(x.shape, f4)) ** 2 for x in echo)
-    level = 10 * np.log10(power + 1e-12) + draw_gain(rng, a, radius, angle)
+
+    # 3. Sum the scatterers of each cell, then blur by the PSF: along the beam, then across
+    pulse = np.exp(-0.5 * ((grid.radius[:, None] - grid.fine) / grid.sigma_r) ** 2).astype(f4)
+    beam = np.exp(-0.5 * ((grid.angle[:, None] - grid.angle) / grid.sigma_t) ** 2).astype(f4)
+    echo = []
+    for part in (np.cos, np.sin):
+        field = np.bincount(cell, (amplitude * part(phase)).ravel(), shape[0] * shape[1] * frames)
+        field = pulse @ field.astype(f4).reshape(shape[0], -1)                          # R, A * T
+        echo.append(beam @ field.reshape(len(grid.radius), len(grid.angle), frames))    # R A T
+    return echo
+
+
+def draw_gain(rng, sector, grid):
+    """Gain (R, A, 1) in dB: uneven contact, at times a lateral shadow, faint edges, and what the
+    machine's depth compensation leaves."""
+    angle = grid.angle
+    smooth = 0.09 / (angle[1] - angle[0])
+    uneven = gaussian_filter1d(rng.standard_normal(len(angle)), smooth, mode="wrap")
+    shadow = np.exp(-((angle - rng.uniform(0.3, 0.6)) / rng.uniform(0.06, 0.14)) ** 2)
+    contact = uneven / uneven.std() * rng.uniform(0.5, 2.5)
+    gain = contact - rng.uniform(6, 14) * (rng.random() < 0.3) * shadow
+    edges = 9 * smoothstep((np.abs(angle) / sector.half_angle - 0.65) / 0.35)
+    gain = gain - edges - rng.uniform(2, 8)
+    slope = rng.normal(0, 0.35)                         # dB a cm
+    gain = gain + slope * (grid.radius[:, None] - sector.depth / 2)                     # R A
+    return gain[..., None].astype(np.float32)
+
+
+def scan_conversion(sector, grid):
+    """From polar to Cartesian, bilinear, as a sparse matrix (H * W, R * A). The rows of pixels
+    outside the sector are empty."""
+    size = sector.size
+    n = len(grid.angle)
+    row, column = np.divmod(np.arange(size * size), size)
+    x = (column - (size - 1) / 2) * sector.pitch
+    y = (row + 0.5) * sector.pitch
+    r = np.hypot(x, y)
+    t = np.arctan2(x, y)
+    inside = np.flatnonzero((np.abs(t) < sector.half_angle) & (r < sector.depth) & (r > 0.3))
+    # Each pixel lies between four cells: two radii, two angles
+    i, fi = np.divmod(r[inside] / grid.radius[1], 1)
+    j, fj = np.divmod((t[inside] - grid.angle[0]) / (grid.angle[1] - grid.angle[0]), 1)
+    weights = np.concatenate([(1 - fi) * (1 - fj), (1 - fi) * fj, fi * (1 - fj), fi * fj])
+    cells = (i * n + j + np.array([[0], [1], [n], [n + 1]])).astype(int)
+    entries = weights.astype(np.float32), (np.tile(inside, 4), cells.ravel())
+    return csr_matrix(entries, (size * size, len(grid.radius) * n))
+
+
+def render(rng, sector, scatterers, *, fps, noise):
+    """The video of scatterers, uint8 (T, H, W). noise scales that of the receiver; 1 is usual."""
+    f4 = np.float32
+    size = sector.size
+    frames = scatterers.z.shape[1]
+    grid = draw_polar_grid(rng, sector)
+    echo = received_echo(rng, grid, scatterers, fps)
+    # 1. Bright tissue of frame 0 has power 1; the receiver's noise grows with depth
+    unit = np.sqrt(np.percentile(echo[0][..., 0] ** 2 + echo[1][..., 0] ** 2, 97))
+    floor_db = rng.uniform(-58, -48) + 8 * grid.radius / sector.depth
+    floor = (noise * 10 ** (floor_db / 20)).astype(f4)[:, None, None]                   # R 1 1
+    power = 0
+    for x in echo:
+        power = power + (x / unit + floor * rng.standard_normal(x.shape, f4)) ** 2
+    # 2. Log compression: a dynamic range of 45 to 60 dB, and the machine's grey map
+    level = 10 * np.log10(power + 1e-12) + draw_gain(rng, sector, grid)                 # R A T
     grey = np.clip(1 + level / rng.uniform(45, 60), 0, 1.2) ** rng.uniform(1.2, 1.7) * 230
-    image = scan_conversion(a, size, pitch, radius, angle) @ grey.reshape(-1, frames)          # H * W, T
+    # 3. Scan conversion
+    image = scan_conversion(sector, grid) @ grey.reshape(-1, frames)                    # H * W, T
     return np.clip(image.T.reshape(frames, size, size), 0, 255).round().astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------- one clip, and the set
 
-def make_clip(seed, size=64, frames=64, fps=25.0, hr=None, ef=None, rhythm=None, noise=1.0, view="A4C",
-              qt=1.0):
-    """One clip as Writer.add takes it; hr, ef, rhythm (a key of RHYTHMS), noise can be fixed. Systole lasts
-    qt times the usual, and the T wave with it.
+class Job(NamedTuple):
+    """What fixes a clip of the set."""
+    name: str
+    seed: tuple     # of whole numbers
+    fps: float
+    view: str
+    hr: float       # beats a minute, 0 = drawn
+    qt: float       # times the usual
 
-    A two-chamber view (A2C) is the same heart without its right half.
 
-    video (T, H, W, 1) uint8, mask (T, H, W) uint8, volume (T,) ml, ecg (N, 12) mV from 1 s before the first
-    frame to 1 s after the last. seed: a whole number or a tuple of them.
+def random_job(config, split, i, clips):
+    """The Job of clip i of `clips` in a split (0 train, 1 val, 2 test).
+
+    Each choice has a generator of its own. So a flag changes nothing but its own choice.
     """
+    def rng(choice):
+        """The generator of a choice of this clip."""
+        return np.random.default_rng((config.seed, split, i, choice))
+    train = split == 0
+    # The clips with a frame rate of their own come last
+    fps = config.fps
+    if train and i >= round(clips * (1 - config.any_fps)):
+        fps = round(8 * 7.5 ** rng(1).random(), 2)
+    view = str(rng(2).choice(config.views.split(",")))
+    hr = config.hr
+    share, rate = rng(3).random(2)
+    if train and share < config.any_hr:
+        hr = 35 * 5 ** rate
+    qt = 1.0
+    share, stretch = rng(4).random(2)
+    if train and share < config.any_qt:
+        qt = 0.8 + 0.6 * stretch
+    name = f"{('train', 'val', 'test')[split]}{i:06d}"
+    return Job(name, (config.seed, split, i), fps, view, hr, qt)
+
+
+def list_jobs(config):
+    """{split: Jobs}. The split is part of each seed, so no clip is in two splits."""
+    jobs = {}
+    for number, split in enumerate(("train", "val", "test")):
+        clips = (config.clips, config.val, config.test)[number]
+        jobs[split] = [random_job(config, number, i, clips) for i in range(clips)]
+    return jobs
+
+
+def make_clip(seed, *, size=64, frames=64, fps=25.0, hr=None, ef=None, rhythm=None, noise=1.0,
+              view="A4C", qt=1.0):
+    """One clip as Writer.add takes it: video (T, H, W, 1) uint8, mask (T, H, W) uint8, volume (T,)
+    ml, ecg (N, 12) mV from 1 s before the first frame to 1 s after the last, and its labels.
+
+    seed: a whole number or a tuple of them. hr (a minute), ef (points) and rhythm (a key of
+    RHYTHMS) are drawn if None. Systole lasts qt times the usual, and the T wave comes with its end.
+    A two-chamber view (A2C) is the same heart without its right half.
+    """
+    # 1. Rhythm and ECG, whose morphology shows the EF
     rng = np.random.default_rng(seed)
     rhythm = rhythm or rng.choice(list(RHYTHMS), p=list(RHYTHMS.values()))
-    e = make_ecg(rng, frames / fps + 2 * MARGIN_S, -MARGIN_S, hr, rhythm, ef, noise, qt)
-    a, time = draw_anatomy(rng, float(e.signs[3])), np.arange(frames) / fps
-    a.rv *= view == "A4C"
+    seconds = frames / fps + 2 * MARGIN_S
+    e = make_ecg(rng, seconds, start=-MARGIN_S, hr=hr, rhythm=rhythm, ef=ef, noise=noise, qt=qt)
+
+    # 2. A heart, the fourth sign of whose failure is dilation, and its place in the image
+    heart = draw_heart(rng, float(e.signs[3]))
+    sector = draw_sector(rng, heart, size)
+    if view != "A4C":
+        heart.rv_width = 0.0
+
+    # 3. Its volume over time, and the shape that has this volume
+    time = np.arange(frames) / fps
     filling, opening = filling_curve(e.beats, time)
-    volume = a.edv * (1 - e.ef / 100 * (1 - filling))
-    shape, pitch = beat_shape(a, volume), a.depth * rng.uniform(1.0, 1.1) / size
-    breath = np.sin(6.283 * (rng.uniform(.15, .35) * time + rng.random())) * (rng.normal(0, .08, 2) @ [1, 1j])
-    n = int(1.4 * size ** 2 + 5000)
-    t, r = rng.uniform(-a.half - 0.06, a.half + 0.06, n), (a.depth + 0.5) * rng.random(n) ** 0.55
-    tissue = (1j * r * np.exp(-1j * t) - a.apex) / a.turn
-    db, blood = echo_level(rng, a, tissue)
-    valves = leaflets(rng, a, shape, opening, n // 80)
-    near = 5 * rng.random(n // 10)                                       # still reverberation near the probe
-    haze = 1j * near * np.exp(-1j * rng.uniform(-a.half, a.half, len(near)))
-    haze_db = rng.uniform(-14, -5) - rng.uniform(4, 9) * near + 4 * np.sin(rng.uniform(3, 6) * near)
-    z = a.apex + breath + a.turn * np.concatenate([move(a, tissue, shape), valves])
-    z = np.concatenate([z, haze[:, None].repeat(frames, 1)]).astype(np.complex64)
-    db = np.concatenate([db, np.full(len(valves), rng.uniform(-16, -9)), haze_db])
-    swirl = np.pad(3 * rng.standard_normal(n) * blood, (0, len(z) - n))
-    video = render(rng, a, size, pitch, z, db, swirl, fps, noise)[..., None]
-    clip = dict(video=video, ecg=e.ecg, mask=draw_mask(a, size, pitch, shape, breath), volume=volume, fps=fps,
-                ecg_offset_s=-MARGIN_S, view=view, r_peaks_s=[round(float(x), 3) for x in e.r_peaks])
-    if rhythm == "flat":                                                 # a heart that stands still has no EF
+    volume = heart.edv * (1 - e.ef / 100 * (1 - filling))
+    shape = beat_shape(heart, volume)
+    rocking = np.sin(6.283 * (rng.uniform(.15, .35) * time + rng.random()))
+    breath = rocking * (rng.normal(0, .08, 2) @ [1, 1j])
+
+    # 4. Scatterers that move with it, and their image
+    scatterers = draw_scatterers(rng, heart, sector, shape, opening=opening, breath=breath)
+    video = render(rng, sector, scatterers, fps=fps, noise=noise)[..., None]            # T H W 1
+    clip = dict(video=video, ecg=e.ecg, mask=draw_mask(heart, sector, shape, breath),
+                volume=volume, fps=fps, ecg_offset_s=-MARGIN_S, view=view,
+                r_peaks_s=[round(float(r), 3) for r in e.r_peaks])
+
+    # 5. Labels; a heart that stands still has no EF
+    if rhythm == "flat":
         return clip | dict(text=f"{view} view, no heartbeat")
-    return clip | dict(text=f"{view} view, EF {e.ef:.0f}, heart rate {e.hr:.0f}", ef=round(e.ef, 2),
-                       edv_ml=round(a.edv, 2), esv_ml=round(a.edv * (1 - e.ef / 100), 2))
+    text = f"{view} view, EF {e.ef:.0f}, heart rate {e.hr:.0f}"
+    esv = heart.edv * (1 - e.ef / 100)
+    return clip | dict(text=text, ef=round(e.ef, 2), edv_ml=round(heart.edv, 2), esv_ml=round(esv, 2))
 
 
-def numbered_clip(job, **how):
-    name, seed, fps, view, hr, qt = job
-    return {"id": name} | make_clip(seed, fps=fps, view=view, hr=hr or None, qt=qt, **how)
+def make_job_clip(job, config):
+    """A Job -> the clip as Writer.add takes it. In the other sources this is make_clip."""
+    clip = make_clip(job.seed, size=config.size, frames=config.frames, fps=job.fps, view=job.view,
+                     hr=job.hr or None, qt=job.qt, rhythm=config.rhythm or None)
+    return {"id": job.name} | clip
 
 
-def list_jobs(cfg):
-    """(name, seed, fps, view, hr or 0, qt) of every clip by split. The split is part of the seed, so no
-    clip of one split can be in another; the clips with frames at a rate of their own come last."""
-    def draw(*key):
-        return np.random.default_rng((cfg.seed, *key))
-    def fps(s, i, n):
-        own = s == 0 and i >= round(n * (1 - cfg.any_fps))
-        return round(8 * 7.5 ** draw(s, i, 1).random(), 2) if own else cfg.fps
-    def view(s, i):
-        return str(draw(s, i, 2).choice(cfg.views.split(",")))
-    def hr(s, i):
-        share, rate = draw(s, i, 3).random(2)
-        return 35 * 5 ** rate if s == 0 and share < cfg.any_hr else cfg.hr
-    def qt(s, i):
-        share, stretch = draw(s, i, 4).random(2)
-        return 0.8 + 0.6 * stretch if s == 0 and share < cfg.any_qt else 1.0
-    counts = dict(train=cfg.clips, val=cfg.val, test=cfg.test)
-    return {split: [(f"{split}{i:06d}", (cfg.seed, s, i), fps(s, i, n), view(s, i), hr(s, i), qt(s, i))
-                    for i in range(n)] for s, (split, n) in enumerate(counts.items())}
+def check_config(config):
+    """UserError where a flag has a value that cannot be."""
+    counts = config.clips, config.val, config.test
+    if min(counts) < 0 or config.size < 16 or config.frames < 1 or config.fps <= 0:
+        raise UserError("clips, val and test must be 0 or more, size 16 or more, frames and fps above 0")
+    for key in ("any_fps", "any_hr", "any_qt"):
+        share = getattr(config, key)
+        if not 0 <= share <= 1:
+            raise UserError(f"--{key}={share:g} is a share, 0 to 1")
+    if config.rhythm and config.rhythm not in RHYTHMS or config.hr and not 20 <= config.hr <= 220:
+        raise UserError(f"--rhythm is one of {', '.join(RHYTHMS)}; --hr 20 to 220 a minute, or 0")
+    if set(config.views.split(",")) - set(VIEWS):
+        raise UserError(f"--views={config.views}: a list of {', '.join(VIEWS)}")
 
 
 def main():
-    cfg = parse_flags(PhantomConfig)
-    print(cfg)
-    if min(cfg.clips, cfg.val, cfg.test) < 0 or cfg.size < 16 or cfg.frames < 1 or cfg.fps <= 0:
-        raise UserError("clips, val and test must be 0 or more, size 16 or more, frames and fps above 0")
-    if not all(0 <= share <= 1 for share in (cfg.any_fps, cfg.any_hr, cfg.any_qt)):
-        raise UserError(f"--any_fps={cfg.any_fps:g}, --any_hr={cfg.any_hr:g} and --any_qt={cfg.any_qt:g} are "
-                        "shares, 0 to 1")
-    meta = dict(name=os.path.basename(cfg.out.rstrip("/")), fps=cfg.fps, height=cfg.size, width=cfg.size,
-                channels=1, leads=LEADS, source="phantom", command=" ".join(["sources.phantom", *sys.argv[1:]]))
-    if cfg.rhythm and cfg.rhythm not in RHYTHMS or cfg.hr and not 20 <= cfg.hr <= 220:
-        raise UserError(f"--rhythm is one of {', '.join(RHYTHMS)}; --hr 20 to 220 a minute, or 0")
-    if set(cfg.views.split(",")) - set(VIEWS):
-        raise UserError(f"--views={cfg.views}: a list of {', '.join(VIEWS)}")
-    make = partial(numbered_clip, size=cfg.size, frames=cfg.frames, rhythm=cfg.rhythm or None)
-    prepare(cfg.out, meta, list_jobs(cfg), make, cfg.workers)
+    """Write the prepared set."""
+    config = parse_flags(PhantomConfig)
+    print(config)
+    check_config(config)
+    jobs = list_jobs(config)
+    meta = dict(name=os.path.basename(config.out.rstrip("/")), fps=config.fps,
+                height=config.size, width=config.size, channels=1, leads=LEADS, source="phantom",
+                command=" ".join(["sources.phantom", *sys.argv[1:]]))
+    prepare(config.out, meta, jobs, partial(make_job_clip, config=config), config.workers)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Any folder of video files as a prepared set; with WebVid's csv, with its captions.
 
-    python -m sources.video_folder --src=FOLDER --out=datasets/NAME                        # colour, 128x128, 8 fps
-    python -m sources.video_folder --src=FOLDER --csv=results_2M_train.csv --out=datasets/webvid --channels=1 --size=64
+    python -m sources.video_folder --src=FOLDER --out=datasets/NAME --size=128 --seed=0
+    python -m sources.video_folder --src=FOLDER --csv=results_2M_train.csv --out=datasets/webvid \\
+        --channels=1 --size=64
 
-A video becomes one clip: its first `frames` frames at `fps`, the middle square, scaled. ffmpeg does it, in a
-process for each core. Natural video trains the tokenizer before it meets an echo (ECHOPulse section 3.1).
+Natural video trains the tokenizer before it sees an echo (ECHOPulse section 3.1). A video becomes
+one clip: its first `frames` frames at `fps`, the middle square, scaled by ffmpeg.
 """
 import csv
 import os
@@ -12,14 +13,16 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from common.flags import UserError, parse_flags, run_main
-from data.video_files import KINDS, read_video
+from data.video_files import VIDEO_KINDS, read_video
 from data.writer import draw_split, prepare
 
 
 @dataclass
-class WebvidConfig:
+class VideoFolderConfig:
+    """Flags of `python -m sources.video_folder`."""
     src: str = ""               # folder of video files, searched with the folders in it
     csv: str = ""               # WebVid's csv (videoid, page_dir, name); empty = every video of the folder
     out: str = "datasets/webvid"  # folder to write
@@ -34,49 +37,73 @@ class WebvidConfig:
     workers: int = 0            # processes; 0: one a core
 
 
-def listed(config):
-    """(file, caption) of every video: of the csv's rows, or of all video files under the folder."""
+class Job(NamedTuple):
+    """One video."""
+    name: str       # its path in the folder
+    path: Path
+    text: str       # its caption, may be empty
+
+
+def read_csv(path, src):
+    """[(file, caption)] of WebVid's csv; UserError where it cannot be used."""
+    found = []
+    try:
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                video = src / row.get("page_dir", "") / f"{row['videoid']}.mp4"
+                found.append((video, row["name"]))
+        return found
+    except OSError as error:
+        reason = error.strerror
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"no column {error}"
+    raise UserError(f"--csv={path}: {reason}; WebVid's csv has videoid, page_dir, name")
+
+
+def list_jobs(config):
+    """{split: Jobs}: the rows of the csv, or all video files under the folder."""
     src = Path(config.src)
     if not config.src or not src.is_dir():
         raise UserError(f"--src={config.src}: a folder with video files is needed")
-    if not config.csv:
-        return [(path, "") for path in sorted(src.rglob("*")) if path.suffix.lower() in KINDS]
-    try:
-        with open(config.csv, newline="") as file:
-            return [(src / row.get("page_dir", "") / f"{row['videoid']}.mp4", row["name"])
-                    for row in csv.DictReader(file)]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--csv={config.csv}: {getattr(error, 'strerror', None) or f'no column {error}'}; "
-                        "WebVid's csv has videoid, page_dir, name") from None
+    if config.csv:
+        found = read_csv(config.csv, src)
+    else:
+        files = sorted(src.rglob("*"))
+        found = [(path, "") for path in files if path.suffix.lower() in VIDEO_KINDS]
+    if not found:
+        raise UserError(f"--src={config.src}: no video file in it ({' '.join(sorted(VIDEO_KINDS))})")
+    # The split is drawn from the name: a video stays in its split when others are added
+    jobs = {"train": [], "val": [], "test": []}
+    for path, text in found:
+        name = str(path.relative_to(src))
+        jobs[draw_split(name, config)].append(Job(name, path, text))
+    return jobs
 
 
-def make_clip(job, size, channels, fps, frames, least):
-    """(id, file, caption) -> the clip as Writer.add takes it."""
+def make_clip(job, config):
+    """A Job -> the clip as Writer.add takes it; UserError where the video cannot be used."""
     name, path, text = job
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    video, fps = read_video(path, size, channels, fps, frames)
-    if len(video) < least:
-        raise UserError(f"{path}: {len(video)} frames, --least={least}")
+    video, fps = read_video(path, config.size, config.channels, config.fps, config.frames)
+    if len(video) < config.least:
+        raise UserError(f"{path}: {len(video)} frames, --least={config.least}")
     return dict(id=name, video=video, fps=fps, text=text)
 
 
 def main():
-    config = parse_flags(WebvidConfig)
+    """Write the prepared set."""
+    config = parse_flags(VideoFolderConfig)
     print(config)
-    if config.channels not in (1, 3) or min(config.size, config.frames, config.least) < 1 or config.fps < 0:
+    positive = config.size, config.frames, config.least
+    if config.channels not in (1, 3) or min(positive) < 1 or config.fps < 0:
         raise UserError("channels is 1 or 3; size, frames and least are 1 or more, fps 0 or more")
-    jobs, src = {"train": [], "val": [], "test": []}, Path(config.src)
-    for path, text in listed(config):
-        name = str(path.relative_to(src))
-        jobs[draw_split(name, config)].append((name, path, text))
-    if not any(jobs.values()):
-        raise UserError(f"--src={config.src}: no video file in it ({' '.join(sorted(KINDS))})")
-    meta = dict(name=os.path.basename(config.out.rstrip("/")), fps=config.fps or None, height=config.size,
-                width=config.size, channels=config.channels, leads=[], source="video_folder",
+    jobs = list_jobs(config)
+    meta = dict(name=os.path.basename(config.out.rstrip("/")), fps=config.fps or None,
+                height=config.size, width=config.size, channels=config.channels, leads=[],
+                source="video_folder",
                 command=" ".join(["sources.video_folder", *sys.argv[1:]]))
-    how = {key: getattr(config, key) for key in ("size", "channels", "fps", "frames", "least")}
-    prepare(config.out, meta, jobs, partial(make_clip, **how), config.workers)
+    prepare(config.out, meta, jobs, partial(make_clip, config=config), config.workers)
 
 
 if __name__ == "__main__":

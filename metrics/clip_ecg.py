@@ -1,0 +1,36 @@
+"""The ECG of a set's clips on the time axis of their videos; for evaluate.py."""
+import re
+
+import numpy as np
+
+from common.flags import UserError
+from data.dataset import ECG_HZ, crop_or_pad
+from data.ecg_signal import clean_ecg, find_r_peaks
+
+
+def r_peaks_of(clips, i):
+    """R peaks of clip i in seconds after its first frame: the set's own, else found in its ECG."""
+    known = clips[i].get("r_peaks_s")
+    if known:
+        return np.array(re.findall(r"[-+.\de]+", known), float)
+    return find_r_peaks(clips.ecg(i)) + clips[i]["ecg_offset_s"]
+
+
+def pick_leads(clips, names):
+    """Indices into the set's leads of names such as "I,V2"; all of them for ""."""
+    names = names.split(",") if names else clips.leads
+    if not names or set(names) - set(clips.leads):
+        known = " ".join(clips.leads) or "none"
+        raise UserError(f"--leads={','.join(names)}: the set has {known}")
+    return [clips.leads.index(name) for name in names]
+
+
+def aligned_ecg(clips, numbers, leads, start, end):
+    """Cleaned ECGs (B, L, N), from `start` to `end` seconds after the first frame of each clip."""
+    samples = round((end - start) * ECG_HZ)
+    ecgs = []
+    for i in numbers:
+        ecg = clean_ecg(clips.ecg(i, leads))                                        # L n
+        first = round((start - clips[i]["ecg_offset_s"]) * ECG_HZ)
+        ecgs.append(crop_or_pad(ecg, first, samples))
+    return np.stack(ecgs)
