@@ -1,13 +1,21 @@
-"""Stage 2b, the masked token transformer (ECHOPulse section 3.2, Table 5) and progressive sampling (3.3).
+"""Stage 2b, the masked token transformer (ECHOPulse sections 3.2 and 3.3, Table 5).
 
-A bidirectional transformer fills in masked video tokens, told by the ECG: by cross-attention to the encoder's
-sequence Z, with the seconds between a latent frame and an ECG patch in the rotary embedding, and by the ECG
-samples around each latent frame, projected onto its tokens. The second places a beat to within a frame.
+A bidirectional transformer predicts masked video tokens. The ECG reaches a token by two ways:
 
-    tokens (B, T', h, w) with masked places (True = to be predicted) + ECG -> the distribution of each token
+  cross-attention   to the ECG encoder's sequence Z; the rotary embedding knows how many seconds lie
+                    between the token's latent frame and each ECG patch;
+  local ECG         the samples around the latent frame, projected and added to all of its tokens.
+                    This way places a beat to within a frame.
 
-A token of 13 bits is predicted as its 7 low bits, then its 6 high bits given those: the exact joint of 8192
-codes by the chain rule, with 192 outputs. Run the file to see the settings and the number of parameters.
+    tokens (B, T', h, w), masked (B, T', h, w), ECG  ->  a distribution for each token
+
+Mask polarity: True = masked, to be predicted.
+
+A token of 13 bits is predicted as its 7 low bits, then its 6 high bits given those. By the chain
+rule this is the exact joint distribution of 8192 codes, from 128 + 64 outputs.
+Eq. 7, 8 and 9 stand here, Eq. 10 in train_generator.py.
+
+    python generator.py --preset=paper      # prints the settings and the number of parameters
 """
 import math
 from dataclasses import dataclass
@@ -18,18 +26,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.checkpoint import load_weights
 from common.flags import UserError, parse_flags, run_main
-from common.text_encoder import TextConfig, TextEncoder
 from common.training import bfloat16
-from data.dataset import ECG_HZ, LEADS, cut_ecg
+from data.dataset import ECG_HZ, LEADS, crop_or_pad
 from ecg_encoder import EcgConfig, EcgEncoder
-from tokenizer import Block, index_to_bits, parameter_count
+from tokenizer import Block, Tokenizer, TokenizerConfig, index_to_bits, parameter_count
 
-TIME_UNIT = 0.04        # seconds; rotary periods run from 2 to 200 of it, 80 ms to 8 s
+TIME_UNIT = 0.04        # seconds; the rotary periods run from 2 to 200 of it, 80 ms to 8 s
 
 
 @dataclass
-class GeneratorConfig:
+class GeneratorSettings:
+    """What one may choose: the flags of a training."""
     dim: int = 192              # width of the transformer
     heads: int = 4              # attention heads
     mlp_dim: int = 768          # hidden width of the MLP
@@ -37,225 +46,214 @@ class GeneratorConfig:
     ecg_before: float = 0.8     # seconds of ECG before a latent frame that its tokens see directly
     ecg_after: float = 0.4      # and after it
     condition: str = "ecg"      # or text; or none: a generator of video alone
-    align: str = "both"         # how the ECG reaches the tokens: cross (attention), local (its samples), both
-    critic: str = "none"        # self: a head on the generator's trunk; token: a transformer of its own
+    align: str = "both"         # how the ECG reaches the tokens: cross, local, or by both ways
+    critic: str = "none"   # self: a head on the generator's trunk; token: a transformer of its own
     critic_depth: int = 2       # layers of a token critic
-    bits: int = 13              # of the tokenizer
-    grid: int = 8               # of the tokenizer: h = w
-    latent_frames: int = 6      # of the tokenizer: T'
-    patch_t: int = 2            # of the tokenizer: frames of one latent frame after the first
-    ecg_dim: int = 128          # width of the ECG encoder's Z
 
 
-SCORERS = "random", "halton", "confidence", "critic"
-CHOICES = dict(condition=("ecg", "text", "none"), align=("both", "cross", "local"),
-               critic=("none", "self", "token"))
-ENCODERS = {"ecg": ("ecg_encoder", EcgEncoder, EcgConfig), "text": ("text_encoder", TextEncoder, TextConfig)}
-PRESETS = {"demo": {}, "paper": dict(dim=512, heads=8, mlp_dim=2048, depth=6, grid=16, ecg_dim=768)}
+@dataclass
+class GeneratorConfig(GeneratorSettings):
+    """The settings, and what follows from the tokenizer and encoder (`fit_config`): no flags."""
+    bits: int = 13              # of a token
+    grid: int = 8               # h = w, tokens along a side of a latent frame
+    latent_frames: int = 6      # T', latent frames of one window
+    patch_t: int = 2            # frames of one latent frame after the first
+    ecg_dim: int = 128          # width of the encoder's Z
+
+
+@dataclass
+class DecodingConfig:
+    """How tokens are decoded: the flags of sample.py and evaluate.py."""
+    steps: int = 4              # decoding steps of one window
+    scorer: str = "random"      # which tokens are masked again: random, halton, confidence, critic
+    guidance: float = 1.5       # scale of classifier-free guidance; 1 = off
+    guidance_end: float = 0     # its scale at the last step, linearly from the first; 0 = the same
+    temperature: float = 1      # of sampling a token
+    overlap: int = 5   # frames that a window takes over from the one before; 1 + a multiple of P_t
+
+
+CHOICES = {
+    "condition": ("ecg", "text", "none"),
+    "align": ("both", "cross", "local"),
+    "critic": ("none", "self", "token"),
+}
+PRESETS = {"demo": {}, "paper": dict(dim=512, heads=8, mlp_dim=2048, depth=6)}
+
+
+# ---------------------------------------------------------------------- configs that fit each other
+
+def derived_sizes(tokenizer, encoder):
+    """{field of GeneratorConfig: value} for this tokenizer and encoder (None: there is none)."""
+    # T' x h x w tokens of `bits` bits a window, as the tokenizer makes them.
+    sizes = dict(bits=tokenizer.config.bits, grid=tokenizer.grid)
+    sizes |= dict(latent_frames=tokenizer.latent_frames, patch_t=tokenizer.config.patch_t)
+    if encoder is not None:
+        sizes["ecg_dim"] = encoder.config.dim
+    return sizes
+
+
+def fit_config(settings, tokenizer, encoder):
+    """GeneratorSettings -> the GeneratorConfig of a generator for this tokenizer and encoder."""
+    chosen = {name: getattr(settings, name) for name in GeneratorSettings.__dataclass_fields__}
+    return GeneratorConfig(**chosen, **derived_sizes(tokenizer, encoder))
 
 
 def check_fits(config, tokenizer, encoder):
-    """UserError where a GeneratorConfig is not for this tokenizer and ECG encoder."""
-    fits = dict(bits=tokenizer.config.bits, grid=tokenizer.grid, latent_frames=tokenizer.latent_frames,
-                patch_t=tokenizer.config.patch_t) | (dict(ecg_dim=encoder.config.dim) if encoder else {})
-    for key, value in fits.items():
+    """UserError where a loaded GeneratorConfig is not for this tokenizer and encoder."""
+    for key, value in derived_sizes(tokenizer, encoder).items():
         if getattr(config, key) != value:
             raise UserError(f"the generator is for {key}={getattr(config, key)}, "
                             f"its tokenizer or encoder has {value}")
 
 
-def check_scorer(config, scorer):
-    """UserError where a GeneratorConfig cannot decode by this scorer."""
-    if scorer not in SCORERS:
-        raise UserError(f"--scorer={scorer}: choose one of {', '.join(SCORERS)}")
-    if scorer == "critic" and config.critic == "none":
+def check_decoding(decoding, config, tokenizer_config):
+    """UserError where a DecodingConfig makes no sense for this generator and tokenizer."""
+    least = dict(steps=1, guidance=0, guidance_end=0, temperature=0, overlap=1)
+    for key, value in least.items():
+        if getattr(decoding, key) < value:
+            raise UserError(f"--{key}={getattr(decoding, key):g}: must be at least {value}")
+    if decoding.scorer not in SCORERS:
+        raise UserError(f"--scorer={decoding.scorer}: choose one of {', '.join(SCORERS)}")
+    if decoding.scorer == "critic" and config.critic == "none":
         raise UserError("--scorer=critic: this generator was trained without a critic")
+    # The first latent frame holds one frame and each later one P_t: a prefix must end with a
+    # latent frame.
+    window = tokenizer_config.frames
+    patch_t = tokenizer_config.patch_t
+    if decoding.overlap >= window or (decoding.overlap - 1) % patch_t:
+        raise UserError(f"--overlap={decoding.overlap}: must be 1 + a multiple of {patch_t}, "
+                        f"below {window}")
 
+
+def load_encoder(folder, condition):
+    """The encoder of a weights folder for this kind of condition; None where it is "none"."""
+    if condition == "none":
+        return None
+    if condition == "text":
+        # Imported here: only a text generator needs this module, which needs the package
+        # transformers.
+        from common.text_encoder import TextConfig, TextEncoder
+        return load_weights(folder, "text_encoder", TextEncoder, TextConfig)
+    return load_weights(folder, "ecg_encoder", EcgEncoder, EcgConfig)
+
+
+def load_models(folder, device):
+    """Tokenizer, encoder and generator of a weights folder, for sampling, on the device."""
+    tokenizer = load_weights(folder, "tokenizer", Tokenizer, TokenizerConfig).eval().to(device)
+    generator = load_weights(folder, "generator", Generator, GeneratorConfig).eval().to(device)
+    encoder = load_encoder(folder, generator.config.condition)
+    if encoder is not None:
+        encoder = encoder.eval().to(device)
+    check_fits(generator.config, tokenizer, encoder)
+    return tokenizer, encoder, generator
+
+
+# ------------------------------------------------------------------------- what the generator knows
 
 class Condition(NamedTuple):
-    """What the generator is told of the ECG. Times are seconds after the window's first frame."""
-    z: torch.Tensor             # (B, L n, ecg_dim), the encoder's sequence
+    """What the generator knows beside the tokens. Times are seconds after the window's first frame.
+
+    L leads, n ECG patches a lead. A hidden part of the ECG (the paper's ECG mask) is True in a
+    `hidden`.
+    """
+    fps: torch.Tensor           # (B,)
+    drop: torch.Tensor      # (B,) True = the learned null context stands for the ECG, for guidance
+
+    # for the cross-attention: the encoder's sequence
+    z: torch.Tensor             # (B, L n, ecg_dim)
     z_time: torch.Tensor        # (B, L n), middle of each patch
+    z_hidden: torch.Tensor      # (B, L n), some sample of the patch is hidden
+
+    # for the local ECG: the samples themselves
     ecg: torch.Tensor           # (B, L, samples), cleaned
     leads: torch.Tensor         # (L,), indices into LEADS
     ecg_start: torch.Tensor     # (B,), time of ecg sample 0
-    fps: torch.Tensor           # (B,)
-    drop: torch.Tensor          # (B,) True = learned null context in the ECG's place
-    hidden: torch.Tensor        # (B, samples) True = the ECG is not known there, the ECG mask
-    z_hidden: torch.Tensor      # (B, L n) True = some of the patch is not
-    anchor: torch.Tensor        # (B, h, w) tokens of a frame of the same video, whenever it was; -1 = none
+    ecg_hidden: torch.Tensor    # (B, samples)
+
+    # the anchor: one frame of the same video, which keeps a long video from drifting. In sampling
+    # it is the first frame; in training any frame of the clip. The model does not know its time.
+    anchor: torch.Tensor        # (B, h, w) its tokens; -1 = there is none
     anchor_ecg: torch.Tensor    # (B, L, local samples), the ECG around it
 
 
-def condition(config, encoder, told, drop=None, hidden=None, anchor=None):
-    """What a generator is told of B clips, from a dict of fps (B,) and, for its kind of condition,
+def null_condition(config, *, fps, anchor):
+    """The null context throughout: the condition of video alone."""
+    # One empty patch and one sample: they are dropped, so their values do not matter.
+    zeros = torch.zeros(len(fps), 1, device=fps.device)                                 # B 1
+    return Condition(
+        fps=fps, drop=torch.ones_like(zeros[:, 0], dtype=torch.bool),
+        z=zeros[..., None].expand(-1, 1, config.ecg_dim), z_time=zeros, z_hidden=zeros > 0,
+        ecg=zeros[..., None], leads=zeros[0].long(), ecg_start=zeros[:, 0], ecg_hidden=zeros > 0,
+        anchor=anchor, anchor_ecg=zeros[..., None])
 
-    ecg: ecg (B, L, samples) and leads (L,) for an EcgEncoder, ecg_start (B,), anchor_ecg (with an anchor);
-    text: B lines of text for a TextEncoder;
-    none: nothing more, it is the null context throughout, as for the clips of drop (B,).
-    hidden (B, samples): True where the ECG is masked; anchor (B, h, w).
+
+def text_condition(config, encoder, text, *, fps, drop, anchor):
+    """B lines of text in the ECG's place: the cross-attention sees their encoding, at time 0."""
+    z, is_padding = encoder(text)                                               # B M ecg_dim
+    # A text has no samples. The local way sees one sample of 0, or the null context where drop is
+    # True.
+    null = null_condition(config, fps=fps, anchor=anchor)
+    return null._replace(z=z, z_time=0 * z[..., 0], z_hidden=is_padding, drop=drop)
+
+
+def ecg_condition(encoder, ecg, leads, *, ecg_start, ecg_hidden, fps, drop, anchor, anchor_ecg):
+    """An ECG (B, L, samples), encoded, with the time of each of its patches."""
+    # A hidden sample must not reach the tokens by either way.
+    ecg = ecg.masked_fill(ecg_hidden[:, None], 0)
+    z = encoder(ecg, leads)                                                             # B L n D
+    L, n = z.shape[1:3]
+
+    # An ECG patch is `samples / n` samples long; its time is that of its middle.
+    patch_middle = (torch.arange(n, device=fps.device) + 0.5) * (ecg.shape[-1] // n) / ECG_HZ
+    z_time = (ecg_start[:, None] + patch_middle).repeat(1, L)                           # B L n
+    z_hidden = ecg_hidden.unflatten(1, (n, -1)).any(2).repeat(1, L)                     # B L n
+
+    if anchor_ecg is None:
+        anchor_ecg = 0 * ecg[..., :1]
+    return Condition(
+        fps=fps, drop=drop, z=z.flatten(1, 2), z_time=z_time, z_hidden=z_hidden,
+        ecg=ecg, leads=leads, ecg_start=ecg_start, ecg_hidden=ecg_hidden,
+        anchor=anchor, anchor_ecg=anchor_ecg)
+
+
+def build_condition(config, encoder, *, fps, ecg=None, leads=None, ecg_start=None, text=None,
+                    drop=None, ecg_hidden=None, anchor=None, anchor_ecg=None):
+    """The Condition of B clips for a generator of this config.
+
+    fps (B,). condition=ecg: ecg (B, L, samples) cleaned, leads (L,), ecg_start (B,) seconds, and
+    perhaps ecg_hidden (B, samples) bool. condition=text: text, B lines. drop (B,) bool: these
+    clips get the null context. anchor (B, h, w) tokens of a frame of the video, anchor_ecg (B, L,
+    local samples) around it.
     """
-    fps, B = told["fps"], len(told["fps"])
-    x = torch.zeros(B, 1, device=fps.device)
-    anchor = torch.full((B, 1, 1), -1, device=fps.device) if anchor is None else anchor
-    drop = x[:, 0] > 0 if drop is None else drop
-    if config.condition == "ecg":
-        hidden = torch.zeros_like(told["ecg"][:, 0], dtype=torch.bool) if hidden is None else hidden
-        ecg = told["ecg"].masked_fill(hidden[:, None], 0)
-        z = encoder(ecg, told["leads"])                                                     # B L n D
-        n, L = z.shape[2], z.shape[1]
-        time = (torch.arange(n, device=fps.device) + 0.5) * (ecg.shape[-1] // n) / ECG_HZ
-        time = (told["ecg_start"][:, None] + time).repeat(1, L)                             # B L n
-        return Condition(z.flatten(1, 2), time, ecg, told["leads"], told["ecg_start"], fps, drop, hidden,
-                         hidden.unflatten(1, (n, -1)).any(2).repeat(1, L), anchor,
-                         told.get("anchor_ecg", ecg[..., :1] * 0))
-    null = Condition(x[..., None].expand(B, 1, config.ecg_dim), x, x[..., None], x[0].long(), x[:, 0], fps,
-                     x[:, 0] == 0, x > 0, x > 0, anchor, x[..., None])
+    if anchor is None:
+        anchor = torch.full((len(fps), 1, 1), -1, device=fps.device)
+    if drop is None:
+        drop = torch.zeros(len(fps), dtype=torch.bool, device=fps.device)
     if config.condition == "none":
-        return null
-    z, nothing = encoder(told["text"])
-    return null._replace(z=z, z_time=0 * z[..., 0], z_hidden=nothing, drop=drop)
+        return null_condition(config, fps=fps, anchor=anchor)
+    if config.condition == "text":
+        return text_condition(config, encoder, text, fps=fps, drop=drop, anchor=anchor)
+    if ecg_hidden is None:
+        ecg_hidden = torch.zeros_like(ecg[:, 0], dtype=torch.bool)
+    return ecg_condition(encoder, ecg, leads, ecg_start=ecg_start, ecg_hidden=ecg_hidden, fps=fps,
+                         drop=drop, anchor=anchor, anchor_ecg=anchor_ecg)
 
 
-class Trunk(nn.Module):
-    """Tokens and ECG -> features of each token: the transformer of the generator, and of a token critic."""
-
-    def __init__(self, config, depth):
-        super().__init__()
-        c = self.config = config
-        self.embed = nn.Linear(c.bits, c.dim)
-        self.mask_token = nn.Parameter(0.3 * torch.randn(c.dim))
-        self.place = nn.Parameter(0.3 * torch.randn(1, c.grid ** 2, c.dim))
-        self.order = nn.Parameter(0.3 * torch.randn(c.latent_frames, 1, c.dim))
-        self.order_anchor = nn.Parameter(0.3 * torch.randn(1, 1, c.dim))
-        self.null_z = nn.Parameter(0.02 * torch.randn(c.ecg_dim))
-        self.null_local = nn.Parameter(torch.zeros(c.dim))
-        self.rate = nn.Linear(1, c.dim)
-        self.local_in = nn.Linear(round((c.ecg_before + c.ecg_after) * ECG_HZ), c.dim)
-        self.local_hidden = nn.Linear(self.local_in.in_features, c.dim, bias=False)
-        self.local_lead = nn.Embedding(len(LEADS), c.dim)
-        self.local_out = nn.Linear(c.dim, c.dim)
-        self.blocks = nn.ModuleList(Block(c.dim, c.heads, c.mlp_dim, context_dim=c.ecg_dim)
-                                    for _ in range(depth))
-        self.norm = nn.LayerNorm(c.dim)
-        for layer in (self.local_out, self.local_hidden, self.rate):
-            for p in layer.parameters():
-                nn.init.zeros_(p)                   # an unscaled branch stalls the learning
-
-    def frame_times(self, fps):
-        """fps (B,) -> (B, T') seconds of each latent frame's middle; the first is one frame, the rest P_t."""
-        i, p = torch.arange(self.config.latent_frames, device=fps.device), self.config.patch_t
-        return torch.where(i == 0, 0, (i - 1) * p + (p + 1) / 2) / fps[:, None]
-
-    def local_ecg(self, cond, times):
-        """The samples of ecg_before .. ecg_after seconds around each latent frame (B, L, T', samples), and
-        where they are not known (B, 1, T', samples)."""
-        first = ((times - self.config.ecg_before - cond.ecg_start[:, None]) * ECG_HZ).round().long()  # B T'
-        at = first[..., None] + torch.arange(self.local_in.in_features, device=times.device)        # B T' W
-        outside = (at < 0) | (at >= cond.ecg.shape[-1])
-        at, T = at.clamp(0, cond.ecg.shape[-1] - 1), at.shape[1]
-        hidden = (outside | cond.hidden[:, None].expand(-1, T, -1).gather(2, at))[:, None]         # B 1 T' W
-        at = at[:, None].expand(-1, cond.ecg.shape[1], -1, -1)                              # B L T' W
-        samples = cond.ecg[:, :, None].expand(-1, -1, T, -1).gather(3, at)
-        return samples.masked_fill(hidden, 0), hidden.to(samples.dtype)
-
-    def features(self, index, masked, cond):
-        """index, masked (B, T', h, w) -> (B, T' hw, D). The anchor goes before them, and is not returned."""
-        B, T, h, w = index.shape
-        anchor = cond.anchor[:, None].expand(B, 1, h, w)
-        index, masked = torch.cat([anchor.clamp(min=0), index], 1), torch.cat([anchor < 0, masked], 1)
-        times = self.frame_times(cond.fps)                                                  # B T'
-        samples, hidden = self.local_ecg(cond, times)
-        samples = torch.cat([cond.anchor_ecg[:, :, None].expand_as(samples[:, :, :1]), samples], 2)
-        hidden, times = F.pad(hidden, (0, 0, 1, 0)), F.pad(times, (1, 0))                   # 1 + T' from here
-        local = self.local_in(samples) + self.local_hidden(hidden) + self.local_lead(cond.leads)[:, None]
-        local = self.local_out(F.gelu(local).mean(1))                                       # B 1+T' D
-        drop = cond.drop[:, None, None]
-        local = torch.where(drop | (self.config.align == "cross"), self.null_local, local)
-        drop = drop | cond.z_hidden[..., None] | (self.config.align == "local")
-        z = torch.where(drop, self.null_z, cond.z)                                          # B M ecg_dim
-        x = self.embed(index_to_bits(index, self.config.bits))
-        x = torch.where(masked[..., None], self.mask_token, x).reshape(B, 1 + T, h * w, -1)
-        local = local + self.rate((cond.fps / 25).log().float()[:, None, None])
-        order = torch.cat([self.order_anchor, self.order])
-        x = (x + self.place + order + local[:, :, None]).flatten(1, 2)                      # B (1+T')hw D
-        time = times.repeat_interleave(h * w, dim=1) / TIME_UNIT                            # B (1+T')hw
-        for block in self.blocks:
-            x = block(x, time, z, cond.z_time / TIME_UNIT)
-        return self.norm(x[:, h * w:])
+def concat_unconditional(cond):
+    """A condition of B clips -> of 2 B: first as they are, then with the null context."""
+    doubled = {}
+    for name, value in cond._asdict().items():
+        # The leads (L,) belong to all clips alike.
+        doubled[name] = value if name == "leads" else torch.cat([value, value])
+    doubled["drop"][len(cond.drop):] = True
+    return Condition(**doubled)
 
 
-class Generator(Trunk):
-    def __init__(self, config):
-        for key, choices in CHOICES.items():
-            if getattr(config, key) not in choices:
-                raise UserError(f"--{key}={getattr(config, key)}: choose one of {', '.join(choices)}")
-        super().__init__(config, config.depth)
-        c = config
-        self.low_bits, self.high_bits = (c.bits + 1) // 2, c.bits // 2
-        self.to_low = nn.Linear(c.dim, 2 ** self.low_bits)
-        self.given_low = nn.Embedding(2 ** self.low_bits, c.dim)
-        self.mix, self.to_high = nn.Linear(c.dim, c.dim), nn.Linear(c.dim, 2 ** self.high_bits)
-        if c.critic == "token":
-            self.critic = Trunk(c, c.critic_depth)
-        if c.critic != "none":
-            self.to_fake = nn.Linear(c.dim, 1)
-
-    def high_logits(self, x, low):
-        """Logits of the high bits (B, N, 2^6) given the low bits (B, N)."""
-        return self.to_high(F.gelu(self.mix(x) + self.given_low(low)))
-
-    def forward(self, index, masked, cond, u=None):
-        """Cross-entropy of every token, nats (B, T', h, w); Eq. 7 is its mean over the masked ones.
-
-        With u (B, 2, T' hw), uniform numbers, also what the critic is to judge: the tokens, but in the masked
-        places a draw from these very distributions. No gradient passes through the draw.
-        """
-        x = self.features(index, masked, cond)
-        low, high = index.flatten(1) % 2 ** self.low_bits, index.flatten(1) >> self.low_bits
-        to_low = self.to_low(x).float()
-        loss = F.cross_entropy(to_low.transpose(1, 2), low, reduction="none") \
-            + F.cross_entropy(self.high_logits(x, low).float().transpose(1, 2), high, reduction="none")
-        if u is None:
-            return loss.reshape(index.shape)
-        with torch.no_grad():
-            low = draw(to_low, u[:, 0])
-            drawn = low + (draw(self.high_logits(x, low).float(), u[:, 1]) << self.low_bits)
-        return loss.reshape(index.shape), torch.where(masked, drawn.reshape(index.shape), index)   # Eq. 9
-
-    def score(self, index, cond):
-        """Logit of each token (B, T', h, w), none of them masked, not to be the real one."""
-        trunk = self.critic if self.config.critic == "token" else self
-        x = trunk.features(index, torch.zeros_like(index, dtype=torch.bool), cond)
-        return self.to_fake(x).float().reshape(index.shape)
-
-    @torch.no_grad()
-    def propose(self, index, masked, cond, guidance, temperature, rng):
-        """Draw every token from its own distribution -> tokens, and their log-probabilities (B, T', h, w)."""
-        shape = index.shape
-        if guidance != 1:
-            index, masked, cond = torch.cat([index, index]), torch.cat([masked, masked]), with_null(cond)
-        x = self.features(index, masked, cond)
-        low_logits = guide(self.to_low(x).float(), guidance)
-        low = draw(low_logits / max(temperature, 1e-4), uniform(low_logits.shape[:2], rng))
-        high_logits = guide(self.high_logits(x, low if guidance == 1 else low.repeat(2, 1)).float(), guidance)
-        high = draw(high_logits / max(temperature, 1e-4), uniform(low.shape, rng))
-        log_p = sum(logits.log_softmax(-1).gather(-1, part[..., None])[..., 0]
-                    for logits, part in ((low_logits, low), (high_logits, high)))
-        return (low + (high << self.low_bits)).reshape(shape), log_p.reshape(shape)
-
-
-def with_null(cond):
-    """A condition of B clips -> of 2 B: with the ECG, and with the null context."""
-    both = Condition(*(x if k == "leads" else torch.cat([x, x]) for k, x in cond._asdict().items()))
-    both.drop[len(cond.drop):] = True
-    return both
-
-
-def guide(logits, scale):
+def classifier_free_guidance(logits, scale):
     """Classifier-free guidance (Ho and Salimans 2022): uncond + s (cond - uncond); s = 1 is off.
 
-    logits (2 B, ...), conditional half first, -> (B, ...); at s = 1 they are (B, ...) and stay as they are.
+    logits (2 B, ...), conditional half first, -> (B, ...); at s = 1 they are (B, ...) and stay as
+    they are.
     """
     if scale == 1:
         return logits
@@ -263,117 +261,479 @@ def guide(logits, scale):
     return uncond + scale * (cond - uncond)
 
 
+# ---------------------------------------------------------------------------- the transformer
+
+class Trunk(nn.Module):
+    """Tokens and condition -> features of each token: a generator's, or a token critic's."""
+
+    def __init__(self, config, depth):
+        super().__init__()
+        c = self.config = config
+        # Tokens and their positions. At 0.02, the usual scale, learning stalled; 0.3 works.
+        self.embed = nn.Linear(c.bits, c.dim)
+        self.mask_token = nn.Parameter(0.3 * torch.randn(c.dim))
+        self.spatial_position = nn.Parameter(0.3 * torch.randn(1, c.grid ** 2, c.dim))
+        self.temporal_position = nn.Parameter(0.3 * torch.randn(c.latent_frames, 1, c.dim))
+        self.anchor_position = nn.Parameter(0.3 * torch.randn(1, 1, c.dim))
+
+        # What stands in the ECG's place where there is none: the null context of guidance.
+        self.null_z = nn.Parameter(0.02 * torch.randn(c.ecg_dim))
+        self.null_local = nn.Parameter(torch.zeros(c.dim))
+
+        # The frame rate, and the ECG samples around a latent frame.
+        self.rate = nn.Linear(1, c.dim)
+        self.local_samples = round((c.ecg_before + c.ecg_after) * ECG_HZ)
+        self.local_in = nn.Linear(self.local_samples, c.dim)
+        self.local_hidden = nn.Linear(self.local_samples, c.dim, bias=False)
+        self.local_lead = nn.Embedding(len(LEADS), c.dim)
+        self.local_out = nn.Linear(c.dim, c.dim)
+
+        self.blocks = nn.ModuleList(Block(c.dim, c.heads, c.mlp_dim, context_dim=c.ecg_dim)
+                                    for _ in range(depth))
+        self.norm = nn.LayerNorm(c.dim)
+
+        # These branches start at zero. With a usual start they are too large beside the tokens, and
+        # learning stalls.
+        for layer in (self.local_out, self.local_hidden, self.rate):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+
+    def features(self, tokens, masked, cond):
+        """tokens, masked (B, T', h, w), Condition -> features (B, T' h w, D), float."""
+        B, T, h, w = tokens.shape
+
+        # 1. The anchor goes before the window's latent frames. Where there is none, it is masked.
+        anchor = cond.anchor[:, None].expand(B, 1, h, w)
+        tokens = torch.cat([anchor.clamp(min=0), tokens], dim=1)                # B 1+T' h w
+        masked = torch.cat([anchor < 0, masked], dim=1)                         # B 1+T' h w
+
+        # 2. Token embedding: the bits of the code, or the mask token.
+        x = self.embed(index_to_bits(tokens, self.config.bits))
+        x = torch.where(masked[..., None], self.mask_token, x)
+        x = x.reshape(B, 1 + T, h * w, -1)                                      # B 1+T' hw D
+
+        # 3. Position in space and in time, and the ECG around each latent frame.
+        times = self.frame_times(cond.fps)                                              # B T'
+        local = self.local_features(cond, times)                                        # B 1+T' D
+        temporal_position = torch.cat([self.anchor_position, self.temporal_position])   # 1+T' 1 D
+        x = x + self.spatial_position + temporal_position + local[:, :, None]
+        x = x.flatten(1, 2)                                                     # B (1+T')hw D
+
+        # 4. Transformer blocks: self-attention over all tokens, cross-attention to Z, both with the
+        #    seconds in the rotary embedding. The anchor has no place in the window: it gets time 0,
+        #    and a position embedding of its own.
+        z = self.cross_context(cond)                                            # B Ln ecg_dim
+        times = F.pad(times, (1, 0))                                                    # B 1+T'
+        x_time = times.repeat_interleave(h * w, dim=1) / TIME_UNIT              # B (1+T')hw
+        for block in self.blocks:
+            x = block(x, x_time, z, cond.z_time / TIME_UNIT)
+
+        # 5. Only the window's own tokens are predicted, not the anchor's.
+        return self.norm(x[:, h * w:])                                                  # B T'hw D
+
+    def frame_times(self, fps):
+        """fps (B,) -> (B, T'), the middle of each latent frame in seconds.
+
+        The first latent frame is one frame, at time 0; each later one is P_t frames.
+        """
+        i = torch.arange(self.config.latent_frames, device=fps.device)
+        patch_t = self.config.patch_t
+        middle = torch.where(i == 0, 0, (i - 1) * patch_t + (patch_t + 1) / 2)  # T', frames
+        return middle / fps[:, None]
+
+    def local_ecg(self, cond, times):
+        """The ECG from ecg_before to ecg_after seconds around each latent frame, W samples.
+
+        times (B, T') -> samples (B, L, T', W), hidden ones zero, and where they are hidden
+        (B, 1, T', W), 0 or 1. What lies outside the recording is hidden, too.
+        """
+        L, N = cond.ecg.shape[1:]
+        T = times.shape[1]
+        start = (times - self.config.ecg_before - cond.ecg_start[:, None]) * ECG_HZ
+        at = start.round().long()[..., None] + torch.arange(self.local_samples, device=times.device)
+        outside = (at < 0) | (at >= N)                                                  # B T' W
+        at = at.clamp(0, N - 1)
+
+        hidden = cond.ecg_hidden[:, None].expand(-1, T, -1).gather(2, at)
+        hidden = (outside | hidden)[:, None]                                            # B 1 T' W
+        ecg = cond.ecg[:, :, None].expand(-1, -1, T, -1)                                # B L T' N
+        samples = ecg.gather(3, at[:, None].expand(-1, L, -1, -1))                      # B L T' W
+        return samples.masked_fill(hidden, 0), hidden.to(samples.dtype)
+
+    def local_features(self, cond, times):
+        """times (B, T') -> what is added to all tokens of the anchor and of each latent frame, (B,
+        1+T', D).
+
+        This is how a beat's time reaches a token.
+        """
+        samples, hidden = self.local_ecg(cond, times)
+        anchor_ecg = cond.anchor_ecg[:, :, None].expand_as(samples[:, :, :1])           # B L 1 W
+        samples = torch.cat([anchor_ecg, samples], dim=2)                       # B L 1+T' W
+        hidden = F.pad(hidden, (0, 0, 1, 0))                                    # B 1 1+T' W
+
+        # Each lead is projected under its own lead embedding, then the leads are averaged.
+        leads = self.local_lead(cond.leads)[:, None]                                    # L 1 D
+        local = self.local_in(samples) + self.local_hidden(hidden) + leads      # B L 1+T' D
+        local = self.local_out(F.gelu(local).mean(1))                                   # B 1+T' D
+
+        is_null = cond.drop[:, None, None] | (self.config.align == "cross")
+        local = torch.where(is_null, self.null_local, local)
+        rate = (cond.fps / 25).log().float()[:, None, None]                             # B 1 1
+        return local + self.rate(rate)
+
+    def cross_context(self, cond):
+        """Z (B, L n, ecg_dim), the null context where a clip is dropped or a patch is hidden."""
+        is_null = cond.drop[:, None, None] | cond.z_hidden[..., None]
+        is_null = is_null | (self.config.align == "local")
+        return torch.where(is_null, self.null_z, cond.z)
+
+
+class Generator(Trunk):
+    """The masked token transformer, and its critic if it has one."""
+
+    def __init__(self, config):
+        for key, choices in CHOICES.items():
+            value = getattr(config, key)
+            if value not in choices:
+                raise UserError(f"--{key}={value}: choose one of {', '.join(choices)}")
+        super().__init__(config, config.depth)
+        c = config
+
+        # 2^7 outputs for the low bits and 2^6 for the high ones, in place of 2^13 for the whole
+        # code.
+        self.low_bits = (c.bits + 1) // 2
+        self.high_bits = c.bits // 2
+        self.to_low = nn.Linear(c.dim, 2 ** self.low_bits)
+        self.given_low = nn.Embedding(2 ** self.low_bits, c.dim)
+        self.mix = nn.Linear(c.dim, c.dim)
+        self.to_high = nn.Linear(c.dim, 2 ** self.high_bits)
+
+        # A token critic is a transformer of its own; a self critic judges by the generator's
+        # features.
+        if c.critic == "token":
+            self.critic = Trunk(c, c.critic_depth)
+        if c.critic != "none":
+            self.to_fake = nn.Linear(c.dim, 1)
+
+    def low_logits(self, x):
+        """Features (B, N, D) -> logits of the low bits (B, N, 2^7), float32."""
+        return self.to_low(x).float()
+
+    def high_logits(self, x, low):
+        """Features (B, N, D), low bits (B, N) -> logits of the high bits given them (B, N, 2^6)."""
+        return self.to_high(F.gelu(self.mix(x) + self.given_low(low))).float()
+
+    def forward(self, tokens, masked, cond):
+        """The loss of every token, nats (B, T', h, w)."""
+        return self.token_loss(self.features(tokens, masked, cond), tokens)
+
+    def token_loss(self, x, tokens):
+        """Features (B, N, D), true tokens (B, T', h, w) -> cross-entropy of every token, nats,
+        same shape.
+
+        Eq. 7 is its mean over the masked tokens (train_generator.masked_mean).
+        """
+        low = tokens.flatten(1) % 2 ** self.low_bits                                    # B N
+        high = tokens.flatten(1) >> self.low_bits                                       # B N
+        # Eq. 7, -log p(low) - log p(high | low). cross_entropy wants the classes in dimension 1.
+        low_logits = self.low_logits(x)                                         # B N 2^7
+        high_logits = self.high_logits(x, low)                                  # B N 2^6
+        loss_low = F.cross_entropy(low_logits.transpose(1, 2), low, reduction="none")
+        loss_high = F.cross_entropy(high_logits.transpose(1, 2), high, reduction="none")
+        return (loss_low + loss_high).reshape(tokens.shape)
+
+    @torch.no_grad()
+    def critic_input(self, x, tokens, masked, uniforms):
+        """What the critic judges: the tokens, with a sample in each masked place. No gradient
+        passes.
+
+        Features x (B, N, D) of these tokens and masked (B, T', h, w); uniforms (B, 2, N).
+        """
+        low = sample_categorical(self.low_logits(x), uniforms[:, 0])
+        high = sample_categorical(self.high_logits(x, low), uniforms[:, 1])
+        sampled = (low + (high << self.low_bits)).reshape(tokens.shape)
+        return torch.where(masked, sampled, tokens)                                     # Eq. 9
+
+    def critic_logits(self, tokens, cond):
+        """Logit that each token (B, T', h, w) is fake. No token is masked here."""
+        trunk = self.critic if self.config.critic == "token" else self
+        x = trunk.features(tokens, torch.zeros_like(tokens, dtype=torch.bool), cond)
+        return self.to_fake(x).float().reshape(tokens.shape)
+
+    @torch.no_grad()
+    def sample_tokens(self, tokens, masked, cond, *, guidance, temperature, rng):
+        """Sample every token from its distribution -> tokens, log-probabilities (B, T', h, w)."""
+        shape = tokens.shape
+        copies = 1
+        if guidance != 1:
+            # One batch of twice the size: under the ECG, and under the null context
+            copies = 2
+            cond = concat_unconditional(cond)
+        x = self.features(tokens.repeat(copies, 1, 1, 1), masked.repeat(copies, 1, 1, 1), cond)
+        temperature = max(temperature, 1e-4)
+
+        # Sample the low bits.
+        low_logits = classifier_free_guidance(self.low_logits(x), guidance)             # B N 2^7
+        low = sample_categorical(low_logits / temperature, uniform(low_logits.shape[:2], rng))
+
+        # Sample the high bits, given the low ones just sampled.
+        high_logits = self.high_logits(x, low.repeat(copies, 1))
+        high_logits = classifier_free_guidance(high_logits, guidance)                   # B N 2^6
+        high = sample_categorical(high_logits / temperature, uniform(low.shape, rng))
+
+        # Log-probability of the whole code, of which a scorer makes its confidence.
+        log_low = low_logits.log_softmax(-1).gather(-1, low[..., None])[..., 0]
+        log_high = high_logits.log_softmax(-1).gather(-1, high[..., None])[..., 0]
+        sampled = low + (high << self.low_bits)
+        return sampled.reshape(shape), (log_low + log_high).reshape(shape)
+
+
+# ------------------------------------------------------------------------- masked parallel decoding
+
 def uniform(shape, rng):
-    """Uniform numbers in (0, 1), drawn on the CPU so that a seed gives the same video on every device."""
+    """Uniform numbers in (0, 1), from the CPU: a seed gives the same video on every device."""
     return torch.rand(shape, generator=rng).clamp(1e-7, 1 - 1e-7)
 
 
-def draw(logits, u):
-    """One draw from softmax(logits): (B, N, K) and uniform numbers (B, N) -> index (B, N)."""
-    p = logits.softmax(-1).cumsum(-1)
-    return (p < (u.to(p.device) * p[..., -1])[..., None]).sum(-1)
+def sample_categorical(logits, u):
+    """One sample of softmax(logits): (B, N, K) and uniform numbers (B, N) -> index (B, N).
+
+    The index is where the cumulative distribution passes u.
+    """
+    # In place of torch.multinomial: the uniform numbers come from outside, so a seed is enough to
+    # repeat it.
+    cumulative = logits.softmax(-1).cumsum(-1)
+    # The last value is 1 except for rounding; a threshold above it would give an index too large.
+    threshold = u.to(logits.device) * cumulative[..., -1]
+    return (cumulative < threshold[..., None]).sum(-1)
 
 
-def masked_share(u):
-    """Cosine schedule: the share of tokens that is masked at u in [0, 1]."""
-    return torch.cos(math.pi / 2 * torch.as_tensor(u))                                      # Eq. 8
+def cosine_schedule(u):
+    """The share of tokens that is masked at u in [0, 1]: 1 at 0, falling to 0 at 1."""
+    return torch.cos(math.pi / 2 * torch.as_tensor(u))                                  # Eq. 8
 
 
-def halton(T, h, w, device):
-    """Places in the order of Halton's sequence of bases 2, 3, 5 over time and space, early ones far apart:
-    turn (1, T, h, w), int."""
-    def radical_inverse(n, base):
-        x, scale = np.zeros(len(n)), 1.0
-        while n.any():
-            scale /= base
-            x, n = x + scale * (n % base), n // base
-        return x
-    n = np.arange(1, 64 * T * h * w)            # until each place has come
-    at = [(radical_inverse(n, base) * size).astype(int) for base, size in ((5, T), (2, h), (3, w))]
-    places, first = np.unique(np.ravel_multi_index(at, (T, h, w)), return_index=True)
+def radical_inverse(n, base):
+    """Van der Corput's sequence: the digits of whole numbers n (N,), mirrored at the point."""
+    x = np.zeros(len(n))
+    scale = 1.0
+    while n.any():
+        scale /= base
+        x = x + scale * (n % base)
+        n = n // base
+    return x
+
+
+def halton_order(T, h, w, device):
+    """The turn of each place in Halton's sequence, int (1, T, h, w). Early ones lie far apart."""
+    n = np.arange(1, 64 * T * h * w)            # long enough for each place to come
+    # Three coprime bases, so that the three coordinates never fall into step.
+    t = (radical_inverse(n, 5) * T).astype(int)
+    row = (radical_inverse(n, 2) * h).astype(int)
+    column = (radical_inverse(n, 3) * w).astype(int)
+    places, first = np.unique(np.ravel_multi_index([t, row, column], (T, h, w)), return_index=True)
+    # A place that never comes is last; `first` is when each of the others comes for the first time.
     turn = np.full(T * h * w, len(n))
     turn[places] = first
+    # argsort twice turns the first appearance of each place into its rank
     return torch.from_numpy(turn.argsort().argsort()).reshape(1, T, h, w).to(device)
 
 
-def largest(rank, many):
-    """The `many` largest of each item of rank (B, ...), True there."""
-    return (rank.flatten(1).argsort(1, descending=True).argsort(1) < many).reshape(rank.shape)
+def top_k_mask(score, k):
+    """True at the k highest scores of each item: (B, ...) -> bool (B, ...)."""
+    flat = score.flatten(1)
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    mask.scatter_(1, flat.topk(k, dim=1).indices, True)
+    return mask.reshape(score.shape)
+
+
+class Draft(NamedTuple):
+    """A decoding after one of its steps: what a scorer looks at."""
+    tokens: torch.Tensor        # (B, T', h, w), all of them filled
+    log_prob: torch.Tensor      # (B, T', h, w), of this step's samples
+    cond: Condition
+    guidance: float             # its scale at this step
+    remaining: float            # share of the steps that are still to come; 0 after the last
+    order: torch.Tensor         # (1 or B, T', h, w), a fixed order of the places
+
+
+def order_doubt(generator, draft, rng):
+    """A fixed order, whatever was sampled."""
+    return draft.order.expand(draft.tokens.shape).float()
+
+
+def confidence_doubt(generator, draft, rng):
+    """The least likely samples, with Gumbel noise that fades out (MaskGIT, Chang et al. 2022)."""
+    u = uniform(draft.tokens.shape, rng)
+    gumbel = -(-u.log()).log().to(draft.tokens.device)
+    return -draft.log_prob - draft.remaining * gumbel
+
+
+def critic_doubt(generator, draft, rng):
+    """The tokens that the critic takes for fake, with noise that fades out (Lezama et al. 2022)."""
+    tokens = draft.tokens
+    cond = draft.cond
+    if draft.guidance != 1:
+        tokens = torch.cat([tokens, tokens])
+        cond = concat_unconditional(cond)
+    jitter = uniform(draft.tokens.shape, rng).to(tokens.device) - 0.5
+    logits = classifier_free_guidance(generator.critic_logits(tokens, cond), draft.guidance)
+    return logits + draft.remaining * jitter
+
+
+# Each says how much it doubts each token of a Draft: float (B, T', h, w). The most doubted are
+# masked again.
+SCORERS = {
+    "random": order_doubt,
+    "halton": order_doubt,
+    "confidence": confidence_doubt,
+    "critic": critic_doubt,
+}
+
+
+def decoding_order(scorer, tokens, rng):
+    """The fixed order of the places, (1 or B, T', h, w): Halton's, or random.
+
+    Confidence and critic draw a random order, too, though they do not use it: so the seed gives
+    them the same first samples as the random scorer.
+    """
+    if scorer == "halton":
+        return halton_order(*tokens.shape[1:], tokens.device)
+    return uniform(tokens.shape, rng).to(tokens.device)
 
 
 @torch.no_grad()
-def fill_in(generator, index, masked, cond, scorer="random", steps=4, guidance=1.0, guidance_end=0,
-            temperature=1.0, noise=1.0, rng=None):
-    """Masked parallel decoding (Chang et al. 2022): fills the masked places (B, T', h, w), equally many in
-    every item; the other tokens never change.
+def maskgit_decode(generator, tokens, masked, cond, decoding, rng):
+    """Masked parallel decoding (Chang et al. 2022): fills the masked places; the other tokens stay.
 
-    Each step draws all masked tokens, then masks again those that rank highest: in a fixed order (random,
-    halton), the least likely ones of this step's (confidence), or, of all, the most fake ones (critic). The
-    scale of guidance goes linearly from `guidance` at the first step to `guidance_end` (0: the same).
+    tokens, masked (B, T', h, w), as many masked in every item; a DecodingConfig; rng a
+    torch.Generator.
     """
-    free, total = masked, int(masked[0].sum())
-    order = halton(*index.shape[1:], index.device) if scorer == "halton" else \
-        uniform(index.shape, rng).to(index.device)
-    for step in range(steps):
-        scale = guidance + ((guidance_end or guidance) - guidance) * step / max(steps - 1, 1)
-        drawn, log_p = generator.propose(index, masked, cond, scale, temperature, rng)
-        index = torch.where(masked, drawn, index)
-        left = 1 - (step + 1) / steps
-        rank, among = order.expand(index.shape).float(), masked
-        if scorer == "confidence":
-            gumbel = -(-uniform(index.shape, rng).log()).log().to(index.device)
-            rank = -log_p - noise * left * gumbel
-        elif scorer == "critic":
-            both = (index, cond) if scale == 1 else (torch.cat([index, index]), with_null(cond))
-            jitter = uniform(index.shape, rng).to(index.device) - 0.5
-            rank, among = guide(generator.score(*both), scale) + noise * left * jitter, free
-        many = int(total * masked_share((step + 1) / steps))                # none after the last step
-        masked = largest(rank.masked_fill(~among, -math.inf), many)
-    return index
+    total = int(masked[0].sum())
+    first_masked = masked
+    order = decoding_order(decoding.scorer, tokens, rng)
+    doubt_of = SCORERS[decoding.scorer]
+    for step in range(decoding.steps):
+        # 1. The guidance of this step, linear from the first step's to the last step's.
+        end = decoding.guidance_end or decoding.guidance
+        guidance = decoding.guidance + (end - decoding.guidance) * step / max(decoding.steps - 1, 1)
+
+        # 2. Sample every masked token from its own distribution, all of them in parallel.
+        sampled, log_prob = generator.sample_tokens(
+            tokens, masked, cond, guidance=guidance, temperature=decoding.temperature, rng=rng)
+        tokens = torch.where(masked, sampled, tokens)
+
+        # 3. The cosine schedule says how many are masked again; none after the last step (Eq. 8).
+        done = (step + 1) / decoding.steps
+        num_masked = int(total * cosine_schedule(done))
+
+        # 4. Those that the scorer doubts most go back under the mask. The critic may take back any
+        #    token that was masked at the start, the others only samples of this step.
+        doubt = doubt_of(generator, Draft(tokens, log_prob, cond, guidance, 1 - done, order), rng)
+        eligible = first_masked if decoding.scorer == "critic" else masked
+        masked = top_k_mask(doubt.masked_fill(~eligible, -math.inf), num_masked)
+    return tokens
+
+
+# ---------------------------------------------------------------- progressive sampling, section 3.3
+
+def tokens_of_prefix(tokenizer, prefix, batch, device):
+    """The tokens that a window starts with, and which of them are masked, both (B, T', h, w).
+
+    prefix (B, C, k, H, W): the frames that the window knows; None: it knows none.
+    """
+    grid = tokenizer.grid
+    shape = (batch, tokenizer.latent_frames, grid, grid)
+    tokens = torch.zeros(shape, dtype=torch.long, device=device)
+    masked = torch.ones_like(tokens, dtype=torch.bool)
+    if prefix is not None:
+        # The tokenizer is causal: the tokens of k frames are those of a whole window that begins
+        # with them
+        known = tokenizer.encode(prefix)                                                # B k' h w
+        tokens[:, :known.shape[1]] = known
+        masked[:, :known.shape[1]] = False
+    return tokens, masked
+
+
+def cut_ecg(ecg, hidden, *, ecg_start, middle, samples):
+    """The ECG that one window sees: `samples` samples around `middle` seconds.
+
+    ecg (B, L, N), hidden (N,) numpy, sample 0 at ecg_start seconds -> ecg (B, L, samples), hidden
+    (samples,), and the time of the first of these samples, seconds of the video.
+    """
+    first = round((middle - ecg_start) * ECG_HZ) - samples // 2
+    ecg = torch.from_numpy(crop_or_pad(ecg, first, samples))
+    hidden = torch.from_numpy(crop_or_pad(hidden, first, samples)) > 0
+    return ecg, hidden, ecg_start + first / ECG_HZ
 
 
 @torch.no_grad()
-def stream_video(tokenizer, encoder, generator, ecg, leads, ecg_start, frames, fps, first=None, overlap=5,
-                 seed=0, hidden=None, text=None, **how):
-    """Progressive sampling: yields the video in chunks (B, C, n, H, W) in [0, 1], `frames` frames in all.
+def stream_video(tokenizer, encoder, generator, *, ecg, leads, ecg_start, frames, fps, decoding,
+                 first=None, seed=0, hidden=None, text=None):
+    """Progressive sampling: yields chunks (B, C, n, H, W) in [0, 1], `frames` frames in all.
 
-    ecg (B, L, N) cleaned, numpy, sample 0 at ecg_start seconds; leads (L,); first (B, C, 1, H, W) or None;
-    hidden (N,) bool or None, samples that the model is not to know; text: B lines, for a generator told by
-    text; encoder None for one of video alone. Each window re-encodes the last `overlap` frames (1 + a
-    multiple of P_t), slides the ECG to its own time span, keeps the video's first frame in view as its
-    anchor, and goes on: the memory does not grow with the length. `how` goes to fill_in.
+    ecg (B, L, N) cleaned, numpy, its sample 0 at ecg_start seconds; leads (L,); decoding, a
+    DecodingConfig; first (B, C, 1, H, W) or None; hidden (N,) bool or None, samples that the model
+    must not know; text: B lines, for a text generator. encoder None for one of video alone.
+
+    Each window knows the last `overlap` frames of the one before, the ECG of its own time span, and
+    the video's first frame as its anchor. Memory does not grow with the length.
     """
-    c, device = generator.config, next(generator.parameters()).device
-    rng, B = torch.Generator().manual_seed(seed), len(ecg)
-    size = encoder.config.samples if c.condition == "ecg" else 0
+    config = generator.config
+    device = next(generator.parameters()).device
+    rng = torch.Generator().manual_seed(seed)
+    B = len(ecg)
     window = tokenizer.config.frames
-    fps_b, leads = torch.full((B,), float(fps), device=device), torch.as_tensor(leads, device=device)
-    hidden = np.zeros(ecg.shape[-1], bool) if hidden is None else hidden
-    known, begin, done = first, 0, 0        # frames that the window knows, its first frame, frames yielded
-    anchor, near = None, round((-c.ecg_before - ecg_start) * ECG_HZ)
-    near = torch.from_numpy(cut_ecg(ecg * ~hidden, near, generator.local_in.in_features)).to(device)
+    samples = encoder.config.samples if config.condition == "ecg" else 0
+    fps_of_clips = torch.full((B,), float(fps), device=device)
+    leads = torch.as_tensor(leads, device=device)
+    if hidden is None:
+        hidden = np.zeros(ecg.shape[-1], bool)
+
+    # The anchor is frame 0 of the video; its tokens come with the first window, its ECG now.
+    anchor = None
+    anchor_sample = round((-config.ecg_before - ecg_start) * ECG_HZ)
+    anchor_ecg = crop_or_pad(ecg * ~hidden, anchor_sample, generator.local_samples)
+    anchor_ecg = torch.from_numpy(anchor_ecg).to(device)                        # B L local_samples
+    prefix = first
+    begin = 0                   # the window's first frame
+    done = 0                    # frames that were yielded
     while done < frames:
-        cut = round(((begin + window / 2) / fps - ecg_start) * ECG_HZ) - size // 2
-        start = torch.full((B,), ecg_start + cut / ECG_HZ - begin / fps, device=device)
-        seen, unseen = (torch.from_numpy(cut_ecg(x, cut, size)).to(device) for x in (ecg, hidden))
-        told = dict(fps=fps_b, ecg=seen, leads=leads, ecg_start=start, anchor_ecg=near, text=text)
-        index = torch.zeros(B, c.latent_frames, c.grid, c.grid, dtype=torch.long, device=device)
-        masked = torch.ones_like(index, dtype=torch.bool)
-        if known is not None:
-            prefix = tokenizer.encode(known)
-            index[:, :prefix.shape[1]], masked[:, :prefix.shape[1]] = prefix, False
+        # 1. Cut the ECG: the encoder's samples, centred on this window.
+        window_ecg, window_hidden, start = cut_ecg(
+            ecg, hidden, ecg_start=ecg_start, middle=(begin + window / 2) / fps, samples=samples)
+        window_ecg = window_ecg.to(device)                                      # B L samples
+        window_hidden = window_hidden.to(device).expand(B, -1)                  # B samples
+        window_start = torch.full((B,), start - begin / fps, device=device)     # B
+
+        # 2. Encode the prefix: the first frame, or the last frames of the window before.
+        tokens, masked = tokens_of_prefix(tokenizer, prefix, B, device)
+
+        # 3. Build the condition, and decode the masked tokens under it.
         with bfloat16(device):
-            cond = condition(c, encoder, told, None, (unseen > 0).expand(B, -1), anchor)
-            index = fill_in(generator, index, masked, cond, rng=rng, **how)
-        anchor = anchor if done else index[:, 0]
-        video = tokenizer.decode(index)                                                     # B C window H W
-        fresh = video[:, :, done - begin:][:, :, :frames - done]
-        yield fresh
-        done, begin, known = done + fresh.shape[2], begin + window - overlap, video[:, :, -overlap:]
+            cond = build_condition(
+                config, encoder, fps=fps_of_clips, ecg=window_ecg, leads=leads,
+                ecg_start=window_start, ecg_hidden=window_hidden, text=text,
+                anchor=anchor, anchor_ecg=anchor_ecg)
+            tokens = maskgit_decode(generator, tokens, masked, cond, decoding, rng)
+        if anchor is None:
+            anchor = tokens[:, 0]                                               # B h w
+
+        # 4. Tokens to pixels; yield the frames that are new.
+        video = tokenizer.decode(tokens)                                        # B C window H W
+        new = video[:, :, done - begin:][:, :, :frames - done]
+        yield new
+
+        # 5. Slide on: the next window begins with the last frames of this one.
+        done = done + new.shape[2]
+        begin = begin + window - decoding.overlap
+        prefix = video[:, :, -decoding.overlap:]
 
 
 def main():
-    config = parse_flags(GeneratorConfig, PRESETS)
+    """Print settings and parameters. Nothing is loaded: the derived sizes are flags here, too."""
+    paper = PRESETS["paper"] | dict(grid=16, ecg_dim=768)
+    config = parse_flags(GeneratorConfig, PRESETS | {"paper": paper})
     print(f"{config}\n{parameter_count(Generator(config)):.2f}M parameters")
 
 

@@ -1,21 +1,27 @@
-"""Train the masked token transformer and the ECG encoder (ECHOPulse section 3.2; Eq. 7 and 8).
+"""Train the masked token transformer and the ECG encoder (ECHOPulse section 3.2; Eq. 7 to 10).
 
-    python train_generator.py --data=datasets/phantom --weights=runs/demo --out=runs/demo  # demo, CPU or GPU
-    torchrun --nproc_per_node=8 train_generator.py --preset=paper --data=datasets/NAME --weights=DIR --out=OUT
+    python train_generator.py --data=datasets/phantom --weights=runs/demo --out=runs/demo
+    torchrun --nproc_per_node=8 train_generator.py --preset=paper --data=DATA --weights=W --out=O
 
-Needs tokenizer.pt and ecg_encoder.pt in --weights; the first alone with --condition=none, for video of any
-kind, and with --condition=text, a line in the ECG's place. Reads windows of T+1 frames with the ECG around
-them, writes OUT/generator.pt and OUT/ecg_encoder.pt or text_encoder.pt (EMA weights), OUT/generator_state.pt
-(all that --resume needs) and OUT/generator.jsonl (a line a logged step). Every validation also gives the
-loss with a wrong ECG, another clip's: the gap between the two is the method's pulse. It opens late, after
-some thousands of clips.
+Needs tokenizer.pt and ecg_encoder.pt in --weights. With --condition=text a line of text stands in
+the ECG's place, with --condition=none there is nothing in it: both need tokenizer.pt alone.
+
+Reads windows of T+1 frames with the ECG around them. Writes OUT/generator.pt and OUT/ecg_encoder.pt
+or text_encoder.pt (EMA weights), OUT/generator_state.pt (what --resume needs) and
+OUT/generator.jsonl (one line a logged step).
+
+Every validation also gives the loss with a wrong ECG, that of another clip. The gap between the two
+losses shows that the model uses the ECG. It opens only after a few thousand clips, so a short run
+shows nothing.
 """
 import copy
+import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,47 +30,51 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import generator
-from common.checkpoint import (check_out, check_same, load_state, load_weights, save_state,
-                               save_weights)
-from common.flags import parse_flags, run_main
+from common.checkpoint import (check_out, check_same, load_state, load_weights, read_file,
+                               save_state, save_weights)
+from common.flags import UserError, parse_flags, run_main
 from common.text_encoder import TextConfig, TextEncoder
-from common.training import (Log, all_mean, bfloat16, ema_update, init_distributed, model_config,
-                             schedule, update)
-from data.dataset import Clips, RandomWindows, batches, vary_view
-from data.ecg_signal import clean_ecg, redraw_ecg
-from generator import ENCODERS, Generator, GeneratorConfig, check_fits, condition, masked_share
+from common.training import (Log, all_mean, bfloat16, check_training, ema_update, init_distributed,
+                             optimizer_step, schedule)
+from data.dataset import Clips, RandomWindows, batches, random_view
+from data.ecg_signal import augment_recorder_filter, clean_ecg
+from generator import (Generator, GeneratorConfig, GeneratorSettings, build_condition, check_fits,
+                       cosine_schedule, fit_config, load_encoder)
 from tokenizer import Tokenizer, TokenizerConfig, parameter_count
 
 
 @dataclass
-class TrainConfig(GeneratorConfig):
+class TrainConfig(GeneratorSettings):
+    """Settings of a training; each is a flag."""
     data: str = "datasets/phantom"  # prepared data set; of several, A,B, each is drawn as often
     weights: str = "runs/demo"      # folder with tokenizer.pt and ecg_encoder.pt
     out: str = "runs/demo"          # folder for weights, state and log
     init_from: str = ""             # start from the generator in this folder
-    text_encoder: str = ""          # with condition=text: a trained T5 of transformers; empty = a small one
+    leads: str = ""                 # ECG leads of all steps, such as I,II,V2; empty = drawn anew
+    text_encoder: str = ""          # text: a trained T5 of transformers; empty = a new small one
+    text_dim: int = 128             # text: width of a new encoder, where no --init_from says
     resume: bool = False            # go on from OUT's saved state
     steps: int = 0                  # stop after so many steps; 0 = after --minutes
     minutes: float = 60             # stop after so many minutes of training
     batch: int = 8                  # clips of one step in one process
     accumulate: int = 1             # batches whose gradients are added up for one step
-    lr: float = 1e-3                # peak learning rate of AdamW; linear warm-up, then cosine to a twentieth
-    warmup: int = 300               # steps of warm-up
+    lr: float = 1e-3                # peak learning rate of AdamW; then cosine to a twentieth
+    warmup: int = 300               # steps of linear warm-up
     weight_decay: float = 0.01      # of AdamW
     clip_norm: float = 1.0          # gradient norm is clipped here
     ema: float = 0.98               # EMA of the weights, every 10 steps
-    none_share: float = 0.15        # clips trained without any known frame
-    prefix_share: float = 0.50      # clips with two or more known latent frames; the rest know the first
-    drop_ecg: float = 0.10          # clips whose ECG (or text) is replaced by the null context
-    drop_phrase: float = 0.15       # phrases of a text that are left out
+    p_no_prefix: float = 0.15       # share of clips of which no latent frame is known
+    p_prefix: float = 0.50          # share with two or more known latent frames; the rest know one
+    p_uncond: float = 0.10          # share whose ECG (or text) is replaced by the null context
+    p_drop_phrase: float = 0.15     # share of the phrases of a text that are left out
     augment: bool = False           # vary the contrast of each window; turn, scale and shift it
-    redraw_share: float = 0.40      # clips whose ECG is drawn as by another recorder
-    hide_share: float = 0.20        # clips with a span of the ECG hidden
-    anchor_share: float = 0.90      # clips with a prefix that also see an anchor, another frame of the video
-    fade_share: float = 0.50        # prefixes of another brightness than the anchor, which has the true one
+    p_recorder_filter: float = 0.40  # share whose ECG is filtered as by another recorder
+    p_hide: float = 0.20            # share with a span of the ECG hidden
+    p_anchor: float = 0.90          # share of the clips with a prefix that also see an anchor
+    p_fade: float = 0.50            # share of prefixes whose brightness is changed, unlike the anchor's
     freeze_encoder: bool = False    # leave the ECG encoder as it is
     critic_weight: float = 1.0      # Eq. 10, where there is a --critic
-    bf16: bool = True               # autocast to bfloat16, on a GPU or a CPU with AMX or AVX512-BF16
+    bf16: bool = True               # autocast to bfloat16, on a GPU or a CPU that is fast in it
     compile: bool = False           # torch.compile
     workers: int = 0                # data loading processes
     log_every: int = 20             # steps between two lines of the log
@@ -73,190 +83,423 @@ class TrainConfig(GeneratorConfig):
     seed: int = 0                   # of weights and data
 
 
-PRESETS = {"demo": {}, "paper": generator.PRESETS["paper"] | dict(lr=1e-4, batch=16, compile=True, workers=8)}
+PAPER = dict(lr=1e-4, batch=16, compile=True, workers=8, text_dim=768)
+PRESETS = {"demo": {}, "paper": generator.PRESETS["paper"] | PAPER}
 
+
+# ---------------------------------------------------------------- the random choices of a batch
+
+def uniform_sizes(num_tokens):
+    """How many uniform numbers each random choice takes for a clip of `num_tokens` tokens.
+
+    The numbers come with the clip's data, as a function of (seed, item number). So --resume needs
+    no random state, and two processes choose what one would.
+    """
+    return {
+        "prefix_kind": 1,               # is no frame known, the first one, or a prefix?
+        "mask_ratio": 1,                # where on the cosine schedule
+        "prefix_length": 1,
+        "mask_order": num_tokens,       # the tokens with the lowest numbers are masked
+        "critic": 2 * num_tokens,       # the low and the high bits of the critic's input
+        "fade": 1 + 16,                 # is there a fade? its gain at 4 x 4 places
+        "anchor": 1,
+        "drop": 1,                      # is the ECG replaced by the null context?
+        "ecg_mask": 3,                  # is a span hidden? its length and its middle
+    }
+
+
+def split_uniforms(uniforms, num_tokens):
+    """Uniform numbers (B, K) of a batch -> {choice: its numbers (B, size)}."""
+    # The order of the table must stay: with another order an old seed would give other choices.
+    sizes = uniform_sizes(num_tokens)
+    return dict(zip(sizes, uniforms.split(list(sizes.values()), dim=1)))
+
+
+def random_num_prefix(config, kind, length, T):
+    """How many latent frames each clip knows: 0, 1 (its first frame) or 2 to T - 1 (a prefix).
+
+    kind, length (B,) uniform numbers -> (B,) int64.
+    """
+    # At least one latent frame is left to be predicted.
+    prefix = 2 + (length * (T - 2)).long()                                  # B
+
+    # From the low numbers up: nothing known, the first frame known, a prefix known.
+    is_prefix = kind >= 1 - config.p_prefix
+    num_prefix = torch.where(is_prefix, prefix, 1)
+    return torch.where(kind < config.p_no_prefix, 0, num_prefix)
+
+
+def random_token_mask(num_prefix, ratio, order):
+    """Which tokens are masked: bool (B, T, N); at least one, and none of a known latent frame.
+
+    num_prefix (B,), ratio (B,) uniform, order (B, T, N) uniform.
+    """
+    B, T, N = order.shape
+    # Eq. 8: the cosine schedule of a uniform number says which share of the free tokens is masked.
+    free = (T - num_prefix) * N                                             # B
+    num_masked = (cosine_schedule(ratio) * free).ceil().clamp(min=1)        # B
+
+    # Known tokens come last in the order: no uniform number is 2.
+    frame = torch.arange(T, device=order.device)[:, None]                   # T 1
+    is_known = frame < num_prefix[:, None, None]                            # B T 1
+    order = order.masked_fill(is_known, 2).flatten(1)                       # B TN
+
+    # The num_masked lowest numbers of each clip are masked. Clips differ in how many, so their
+    # ranks are compared, in place of one top-k for all.
+    rank = order.argsort(1).argsort(1)
+    return (rank < num_masked[:, None]).reshape(B, T, N)
+
+
+def random_ecg_mask(u, samples, p):
+    """The ECG mask: uniform numbers (B, 3) -> bool (B, samples), True = hidden.
+
+    With probability p a span of a twentieth to a half of the ECG is hidden.
+    """
+    has_span = u[:, :1] < p                                                 # B 1
+    length = (0.05 + 0.45 * u[:, 1:2]) * samples
+    middle = u[:, 2:3] * samples
+    # The span may reach beyond either end of the ECG.
+    distance = (torch.arange(samples, device=u.device) - middle).abs()      # B samples
+    return (distance < length / 2) & has_span
+
+
+def random_anchor(u, tokens, num_prefix, p):
+    """The anchors of a batch: their tokens (B, h, w), -1 where a clip sees none.
+
+    With probability p a window that follows another one (it knows two or more latent frames) has an
+    anchor. The first window of a video has none. u (B, 1) uniform.
+    """
+    # -1 is no token; the generator puts its mask token there.
+    no_anchor = (u[:, 0] > p) | (num_prefix < 2)
+    return tokens.masked_fill(no_anchor[:, None, None], -1)
+
+
+def random_fade(u, p):
+    """Uniform numbers (B, 17) -> gains (B, 1, 1, 4, 4) of places in the picture.
+
+    With probability p they are 0.5 to 1.2, else 1. A prefix is faded and its anchor is not. So the
+    model learns to look at the anchor for the brightness, and a long video does not drift.
+    """
+    # 4 x 4 places, which reencode_prefix interpolates over the picture.
+    gain = (0.5 + 0.7 * u[:, 1:]).unflatten(1, (1, 1, 4, 4))
+    has_fade = u[:, :1, None, None, None] < p
+    return torch.where(has_fade, gain, 1)
+
+
+class BatchChoices(NamedTuple):
+    """All random choices of a batch of B clips."""
+    num_prefix: torch.Tensor        # (B,) known latent frames
+    masked: torch.Tensor            # (B, T', h, w) True = to be predicted
+    fade: torch.Tensor              # (B, 1, 1, 4, 4) gains of the prefix
+    anchor: torch.Tensor            # (B, h, w) tokens, -1 = none
+    drop: torch.Tensor              # (B,) True = the null context in the ECG's place
+    ecg_hidden: torch.Tensor        # (B, samples) True = hidden
+    critic_uniforms: torch.Tensor   # (B, 2, T' h w) for the critic's input
+
+
+def random_choices(config, uniforms, tokens, anchor_tokens, samples):
+    """BatchChoices from the uniform numbers (B, K) that come with a batch.
+
+    tokens (B, T', h, w), anchor_tokens (B, h, w), samples of the ECG (0: there is none).
+    """
+    T, h, w = tokens.shape[1:]
+    u = split_uniforms(uniforms, T * h * w)
+
+    # How many frames are known comes first: the mask and the anchor depend on it.
+    num_prefix = random_num_prefix(config, u["prefix_kind"][:, 0], u["prefix_length"][:, 0], T)
+    mask_order = u["mask_order"].unflatten(1, (T, h * w))
+    masked = random_token_mask(num_prefix, u["mask_ratio"][:, 0], mask_order)
+    return BatchChoices(
+        num_prefix=num_prefix,
+        masked=masked.reshape(tokens.shape),
+        fade=random_fade(u["fade"], config.p_fade),
+        anchor=random_anchor(u["anchor"], anchor_tokens, num_prefix, config.p_anchor),
+        drop=u["drop"][:, 0] < config.p_uncond,
+        ecg_hidden=random_ecg_mask(u["ecg_mask"], samples, config.p_hide),
+        critic_uniforms=u["critic"].unflatten(1, (2, -1)))
+
+
+def reencode_prefix(tokenizer, tokens, num_prefix, fade=None):
+    """tokens (B, T', h, w) with prefixes as sampling has them: decoded, and encoded again.
+
+    Decoding and encoding lose some detail. A model that has only seen clean prefixes would add up
+    these errors from window to window. fade (B, 1, 1, 4, 4): gains of the decoded video.
+    num_prefix (B,) below 2: nothing changes, since the first frame is given as it is.
+    """
+    has_prefix = num_prefix > 1                                             # B
+    if not has_prefix.any():
+        return tokens
+    # The decoder is causal, so the later tokens do not change the prefix's frames.
+    video = tokenizer.decode(tokens[has_prefix])                            # b C T H W
+    if fade is not None:
+        # Smooth gains over the picture, the same in each frame.
+        gain = F.interpolate(fade[has_prefix], size=(1, *video.shape[-2:]), mode="trilinear")
+        video = video * gain
+    reencoded = tokens.clone()
+    reencoded[has_prefix] = tokenizer.encode(video.clamp(0, 1))
+
+    # Only the known latent frames change. The masked ones keep the true tokens as their target.
+    frame = torch.arange(tokens.shape[1], device=tokens.device)             # T'
+    in_prefix = (frame < num_prefix[:, None]) & has_prefix[:, None]         # B T'
+    return torch.where(in_prefix[..., None, None], reencoded, tokens)
+
+
+# ---------------------------------------------------------------- the model of this stage
 
 class Stage2(nn.Module):
-    """Encoder (or None) and generator as one module, as DDP wants it: its forward is the loss of every token
-    and, with a critic, the critic's logit of every token and whether it is fake (B, T', h, w)."""
+    """Encoder (None: there is none) and generator as one module, as DDP wants it."""
 
     def __init__(self, encoder, generator):
         super().__init__()
-        self.encoder, self.generator = encoder, generator
+        self.encoder = encoder
+        self.generator = generator
 
-    def forward(self, index, masked, batch, anchor, drop=None, hidden=None, u=None):
-        cond = condition(self.generator.config, self.encoder, batch, drop, hidden, anchor)
-        if u is None:
-            return self.generator(index, masked, cond)
-        loss, judged = self.generator(index, masked, cond, u)
-        return loss, self.generator.score(judged, cond), judged != index
+    def token_loss(self, tokens, masked, **known):
+        """The loss of every token (B, T', h, w). known: the arguments of build_condition."""
+        cond = build_condition(self.generator.config, self.encoder, **known)
+        return self.generator(tokens, masked, cond)
+
+    def forward(self, tokens, masked, **known):
+        """What DDP and torch.compile call."""
+        return self.token_loss(tokens, masked, **known)
+
+
+class Stage2WithCritic(Stage2):
+    """The same with a critic, which judges what the generator has just sampled."""
+
+    def forward(self, tokens, masked, critic_uniforms, **known):
+        """-> loss of every token, the critic's logit of it, whether it is fake; (B, T', h, w)."""
+        # The transformer runs once for the loss and the samples, and once more for the critic.
+        cond = build_condition(self.generator.config, self.encoder, **known)
+        features = self.generator.features(tokens, masked, cond)
+        loss = self.generator.token_loss(features, tokens)
+        judged = self.generator.critic_input(features, tokens, masked, critic_uniforms)     # Eq. 9
+        # A sample that hits the true token is no fake, though its place was masked.
+        return loss, self.generator.critic_logits(judged, cond), judged != tokens
+
+
+def make_encoder(config):
+    """The encoder of what the generator is to know; None where it knows nothing."""
+    if config.condition != "text":
+        return load_encoder(config.weights, config.condition)
+    if config.init_from and Path(config.init_from, "text_encoder.pt").exists():
+        return load_encoder(config.init_from, "text")
+    # A new text encoder takes the place of the ECG encoder: as wide as the generator expects.
+    width = config.text_dim
+    if config.init_from:
+        width = read_file(Path(config.init_from, "generator.pt"))["config"]["ecg_dim"]
+    return TextEncoder(TextConfig(config.text_encoder, width))
 
 
 def start_from(folder, shape):
-    """The generator of a folder with the sizes of `shape`. A critic that it had not starts anew."""
+    """The generator of a folder, which must have the sizes of `shape`. A new critic starts anew."""
     old = load_weights(folder, "generator", Generator, GeneratorConfig)
+    # A training may add a critic, or go on from ECGs to text.
     free = {key: getattr(old.config, key) for key in ("critic", "critic_depth", "condition")}
+    if shape.condition == "none":
+        free["ecg_dim"] = shape.ecg_dim = old.config.ecg_dim    # nothing is encoded: any width fits
     check_same(f"{folder}/generator.pt", old.config, replace(shape, **free))
     model = Generator(shape)
+    # strict=False: the old weights know nothing of a critic that is new.
     model.load_state_dict(old.state_dict(), strict=False)
     return model
 
 
-def draws(noise, tokens):
-    """The uniform numbers of a batch (B, K) by what they decide; for None how many it takes, K."""
-    sizes = dict(masked=3 + tokens, critic=2 * tokens, fade=17, anchor=1, drop=1, hidden=3)
-    return sum(sizes.values()) if noise is None else dict(zip(sizes, noise.split(list(sizes.values()), 1)))
-
-
-def choose_masked(config, noise, T, N, known=None):
-    """Masks of a batch from its uniform numbers, noise (B, 3 + T N) -> masked (B, T, N) bool, known (B,).
-
-    Known latent frames (none, the first, or a prefix; `known` fixes how many) are never masked; of the other
-    tokens the cosine schedule masks a share, at least one.
-    """
-    kind, share, length = noise[:, 0], noise[:, 1], noise[:, 2]
-    prefix = 2 + (length * (T - 2)).long()                                                  # 2 .. T-1
-    chosen = torch.where(kind < config.none_share, 0, torch.where(kind < 1 - config.prefix_share, 1, prefix))
-    known = chosen if known is None else torch.full_like(chosen, known)                     # B
-    free = (T - known) * N
-    many = (masked_share(share) * free).ceil().clamp(min=1)                                 # B
-    order = noise[:, 3:3 + T * N].reshape(-1, T, N)
-    order = order.masked_fill(torch.arange(T, device=noise.device)[:, None] < known[:, None, None],
-                              2).flatten(1)
-    return (order.argsort(1).argsort(1) < many[:, None]).reshape(-1, T, N), known
-
-
-def choose_hidden(noise, samples, share):
-    """ECG mask: uniform numbers (B, 3) -> (B, samples) bool; in a `share` of the clips a span of a twentieth
-    to a half of the ECG is hidden."""
-    length, middle = (0.05 + 0.45 * noise[:, 1:2]) * samples, noise[:, 2:3] * samples       # B 1
-    away = (torch.arange(samples, device=noise.device) - middle).abs()                      # B samples
-    return (away < length / 2) & (noise[:, :1] < share)
-
-
-def choose_anchor(noise, index, known, share):
-    """Tokens (B, h, w) of the anchor frames, -1 where a clip sees none: a window that follows another one
-    (two or more known latent frames) mostly has an anchor, the first has none. noise (B, 1) uniform."""
-    return index.masked_fill(((noise[:, 0] > share) | (known < 2))[:, None, None], -1)
-
-
-def choose_fade(noise, share):
-    """Uniform numbers (B, 17) -> gains (B, 1, 1, 4, 4) of places in the picture: 0.5 to 1.2, or all 1."""
-    gain = (0.5 + 0.7 * noise[:, 1:]).unflatten(1, (1, 1, 4, 4))
-    return torch.where(noise[:, :1, None, None, None] < share, gain, 1)
-
-
-def as_sampled(tokenizer, index, known, fade=None):
-    """index (B, T, h, w) with known prefixes as sampling has them: encoded again from what was decoded, and
-    faded by the gains of `fade` (B, 1, 1, 4, 4).
-
-    Without it each window would take the small losses of the one before for the truth, and add its own.
-    """
-    frame, prefixed = torch.arange(index.shape[1], device=index.device), known > 1
-    if not prefixed.any():
-        return index
-    again, video = index.clone(), tokenizer.decode(index[prefixed])                         # B C T H W
-    if fade is not None:
-        video = video * F.interpolate(fade[prefixed], size=(1, *video.shape[-2:]), mode="trilinear")
-    again[prefixed] = tokenizer.encode(video.clamp(0, 1))
-    prefix = (frame < known[:, None]) & prefixed[:, None]                                   # B T
-    return torch.where(prefix[..., None, None], again, index)
-
-
-def to_device(batch, device):
-    """A batch there; its clips share their leads."""
-    batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-    return batch | ({"leads": batch["leads"][0]} if "leads" in batch else {})
-
-
-def load_encoder(config):
-    """The encoder of what the generator is to be told, None for nothing; one of text may start anew."""
-    if config.condition not in ENCODERS:
-        return None
-    if config.condition == "text" and not Path(config.init_from or "-", "text_encoder.pt").exists():
-        return TextEncoder(TextConfig(config.text_encoder, config.ecg_dim))
-    return load_weights(config.init_from if config.condition == "text" else config.weights,
-                        *ENCODERS[config.condition])
-
+# ---------------------------------------------------------------- losses
 
 def masked_mean(loss, masked):
-    """Mean over the masked tokens of all ranks; DDP averages what the ranks return."""     # Eq. 7
+    """Eq. 7: the mean of the token losses, over the masked tokens of all ranks.
+
+    DDP averages what the ranks return, so each divides by the mean number of masked tokens.
+    """
+    # Ranks mask different numbers of tokens. A mean of their means would weigh these unequally.
     total = masked.sum().float()
     if dist.is_initialized():
         dist.all_reduce(total)
         total = total / dist.get_world_size()
-    return (loss * masked).sum() / total
+    return (loss * masked).sum() / total                                    # Eq. 7
 
 
 def auroc(score, positive):
-    """Area under the ROC curve of (N,): how often a positive one scores higher than another one."""
+    """Area under the ROC curve: how often a positive of (N,) scores higher than a negative one."""
+    # The sum of the positives' ranks minus its smallest possible value (Mann and Whitney's U).
     rank = torch.empty_like(score)
     rank[score.argsort()] = torch.arange(1, len(score) + 1, device=score.device).float()
-    many = positive.sum()
-    return (rank[positive].sum() - many * (many + 1) / 2) / (many * (len(score) - many)).clamp(min=1)
+    positives = positive.sum()
+    wins = rank[positive].sum() - positives * (positives + 1) / 2
+    return wins / (positives * (len(score) - positives)).clamp(min=1)
 
 
 def critic_loss(logits, fake, free):
-    """Binary cross-entropy of the tokens that are not known, and the figures for the log."""
-    bce = F.binary_cross_entropy_with_logits(logits, fake.float(), reduction="none")        # Eq. 10
-    loss, logits, fake = masked_mean(bce, free), logits.detach()[free], fake[free]
-    return loss, {"critic_bce": loss, "critic_accuracy": ((logits > 0) == fake).float().mean(),
+    """Binary cross-entropy of the tokens that are not known, and its metrics for the log.
+
+    logits, fake, free (B, T', h, w); free: all but the known latent frames.
+    """
+    bce = F.binary_cross_entropy_with_logits(logits, fake.float(), reduction="none")
+    loss = masked_mean(bce, free)                                           # Eq. 10
+    # Metrics for the log, without a gradient.
+    logits = logits.detach()[free]
+    fake = fake[free]
+    accuracy = ((logits > 0) == fake).float().mean()
+    return loss, {"critic_bce": loss, "critic_accuracy": accuracy,
                   "critic_auroc": auroc(logits, fake)}
 
 
+def known_of(batch):
+    """What a batch of the loader says of the ECG or text, as build_condition takes it."""
+    names = "fps", "ecg", "leads", "ecg_start", "anchor_ecg", "text"
+    return {name: batch[name] for name in names if name in batch}
+
+
+def batch_loss(config, model, tokenizer, batch, samples):
+    """Loss of one batch -> loss, {name: value} for the log. samples: of the ECG encoder, or 0."""
+    # 1. The tokens of the window and of the anchor, and the random choices.
+    tokens = tokenizer.encode(batch["video"])                               # B T' h w
+    anchor_tokens = tokenizer.encode(batch["anchor"])[:, 0]                 # B h w
+    choices = random_choices(config, batch["uniform"], tokens, anchor_tokens, samples)
+    masked = choices.masked
+
+    # 2. Prefixes as sampling will have them.
+    tokens = reencode_prefix(tokenizer, tokens, choices.num_prefix, choices.fade)
+
+    # 3. The loss of the masked tokens.
+    known = known_of(batch) | dict(anchor=choices.anchor, drop=choices.drop,
+                                   ecg_hidden=choices.ecg_hidden)
+    log = {"masked": masked.float().mean()}
+    if config.critic == "none":
+        loss = masked_mean(model(tokens, masked, **known), masked)
+        return loss, log
+
+    # 4. The critic judges all tokens but the known ones.
+    each, logits, fake = model(tokens, masked, choices.critic_uniforms, **known)
+    frame = torch.arange(tokens.shape[1], device=tokens.device)[:, None, None]
+    free = frame >= choices.num_prefix[:, None, None, None]
+    bce, critic_log = critic_loss(logits, fake, free.expand_as(fake))
+    return masked_mean(each, masked) + config.critic_weight * bce, log | critic_log
+
+
+# ---------------------------------------------------------------- this trainer
+
+def to_device(batch, device):
+    """A batch there. All its clips have the same leads, so they become (L,)."""
+    moved = dict(batch)
+    for name, value in batch.items():
+        # A text is a list of lines and stays where it is.
+        if torch.is_tensor(value):
+            moved[name] = value.to(device, non_blocking=True)
+    # Every clip of a batch brings the same leads: one row is enough.
+    if "leads" in moved:
+        moved["leads"] = moved["leads"][0]
+    return moved
+
+
+def with_wrong_ecg(batch):
+    """The same clips, each with the ECG (or text) of the clip before it."""
+    # Only the ECG's own entries move; video, tokens and masks stay.
+    wrong = dict(batch)
+    for name in ("ecg", "ecg_start", "anchor_ecg"):
+        if name in wrong:
+            wrong[name] = wrong[name].roll(1, 0)
+    if "text" in wrong:
+        wrong["text"] = [batch["text"][-1], *batch["text"][:-1]]
+    return wrong
+
+
 @torch.no_grad()
-def evaluate(model, tokenizer, data, config, device, rank, world, items=64):
-    """Loss with the right and another clip's ECG (or text), knowing the first frame or half of the clip."""
-    which = ("none",) if config.condition == "none" else ("right", "wrong")
-    sums = {f"val_{known}_{ecg}": 0.0 for known in ("first", "prefix") for ecg in which}
-    for start in range(rank * config.batch, items, config.batch * world):
-        batch = [data[n] for n in range(start, start + config.batch)]
-        batch = to_device(torch.utils.data.default_collate(batch), device)
-        index = tokenizer.encode(batch["video"])
-        u = draws(batch["noise"], index[0].numel())
-        wrong = batch | {k: [x[-1], *x[:-1]] if k == "text" else x.roll(1, 0) for k, x in batch.items()
-                         if k in ("ecg", "ecg_start", "anchor_ecg", "text")}
-        for name, known in (("first", 1), ("prefix", index.shape[1] // 2)):
-            masked, many = choose_masked(config, u["masked"], index.shape[1], index[0, 0].numel(), known)
-            given, masked = as_sampled(tokenizer, index, many), masked.reshape(index.shape)
-            anchor = choose_anchor(u["anchor"], tokenizer.encode(batch["anchor"])[:, 0], many, 1)
-            for ecg, told in zip(which, (batch, wrong)):
-                loss = masked_mean(model(given, masked, told, anchor), masked)
-                sums[f"val_{name}_{ecg}"] += loss.item() * config.batch * world / items
+def evaluate(model, tokenizer, data, config, *, device, rank, world, items=64):
+    """Validation losses with the right and a wrong ECG, knowing the first frame or half a clip."""
+    ecgs = ("right", "wrong")
+    if config.condition == "none":
+        ecgs = ("none",)
+    sums = {f"val_{known}_{ecg}": 0.0 for known in ("first", "prefix") for ecg in ecgs}
+    # The same items each time, shared out over the ranks; every rank takes as many batches.
+    num_batches = math.ceil(items / (config.batch * world))
+    for k in range(num_batches):
+        start = (k * world + rank) * config.batch
+        clips = [data[n] for n in range(start, start + config.batch)]
+        batch = to_device(torch.utils.data.default_collate(clips), device)
+        tokens = tokenizer.encode(batch["video"])                           # B T' h w
+        B, T, h, w = tokens.shape
+        u = split_uniforms(batch["uniform"], T * h * w)
+        anchor_tokens = tokenizer.encode(batch["anchor"])[:, 0]             # B h w
+        for name, known_frames in (("first", 1), ("prefix", T // 2)):
+            # All clips know as many frames; the masks come from their own uniform numbers.
+            num_prefix = torch.full((B,), known_frames, device=device)
+            order = u["mask_order"].unflatten(1, (T, h * w))
+            masked = random_token_mask(num_prefix, u["mask_ratio"][:, 0], order)
+            masked = masked.reshape(tokens.shape)
+            # As in sampling, but without a fade, and always with an anchor.
+            given = reencode_prefix(tokenizer, tokens, num_prefix)
+            anchor = random_anchor(u["anchor"], anchor_tokens, num_prefix, p=1)
+            for ecg, told in zip(ecgs, (batch, with_wrong_ecg(batch))):
+                loss = model.token_loss(given, masked, anchor=anchor, **known_of(told))
+                sums[f"val_{name}_{ecg}"] += masked_mean(loss, masked).item() / num_batches
     return all_mean(sums, device)
 
 
+def make_data(config, split, *, tokenizer, samples, group, is_train):
+    """Random windows of a split; only those of the training are augmented."""
+    num_tokens = tokenizer.latent_frames * tokenizer.grid ** 2
+
+    # A set that is validated on is read as it is.
+    augment_ecg = None
+    augment_video = None
+    p_drop_phrase = 0
+    if is_train:
+        augment_ecg = partial(augment_recorder_filter, p=config.p_recorder_filter)
+        augment_video = random_view if config.augment else None
+        p_drop_phrase = config.p_drop_phrase
+    # None: the clips of the set need no text.
+    if config.condition != "text":
+        p_drop_phrase = None
+    return RandomWindows(
+        Clips(config.data, split), tokenizer.config.frames, ecg_samples=samples, clean=clean_ecg,
+        group=group, seed=config.seed, uniforms=sum(uniform_sizes(num_tokens).values()),
+        leads=config.leads, augment_ecg=augment_ecg, augment_video=augment_video,
+        channels=tokenizer.config.channels, p_drop_phrase=p_drop_phrase,
+        anchor_seconds=(config.ecg_before, config.ecg_after))
+
+
 def main():
+    """One training, from the flags to the weights on disk."""
     config = parse_flags(TrainConfig, PRESETS)
+    check_training(config)
+    if config.leads and config.condition != "ecg":
+        raise UserError(f"--leads={config.leads}: --condition={config.condition} has no ECG")
 
     # ---- distributed and seed
     device, rank, world = init_distributed(config.seed)
     state_path = check_out(config, "generator")
 
-    # ---- tokenizer and data
-    tokenizer = load_weights(config.weights, "tokenizer", Tokenizer, TokenizerConfig).eval().to(device)
-    encoder = load_encoder(config)
+    # ---- the models of the stages before; the tokenizer stays as it is, the encoder trains on
+    tokenizer = load_weights(config.weights, "tokenizer", Tokenizer, TokenizerConfig)
+    tokenizer = tokenizer.eval().to(device)
+    encoder = make_encoder(config)
+    # Without an ECG no samples are cut from the set.
     samples = encoder.config.samples if config.condition == "ecg" else 0
-    check_fits(config, tokenizer, encoder)
-    T, N = tokenizer.latent_frames, tokenizer.grid ** 2
-    vary, text = partial(redraw_ecg, share=config.redraw_share), config.condition == "text"
-    train, val = (RandomWindows(Clips(config.data, split), tokenizer.config.frames, samples, clean_ecg,
-                                config.batch * world, config.seed, draws(None, T * N), vary,
-                                tokenizer.config.channels, anchor=(config.ecg_before, config.ecg_after),
-                                text=left_out if text else None, vary_video=view)
-                  for split, vary, left_out, view in (
-                      ("train", vary, config.drop_phrase, vary_view if config.augment else None),
-                      ("val", None, 0, None)))
+
+    # ---- data
+    # A group is the batch of one step over all ranks; its clips share their leads.
+    windows = partial(make_data, config, tokenizer=tokenizer, samples=samples,
+                      group=config.batch * world)
+    train = windows("train", is_train=True)
+    val = windows("val", is_train=False)
 
     # ---- model
-    shape = model_config(config, GeneratorConfig)
-    raw = Stage2(encoder, start_from(config.init_from, shape) if config.init_from else Generator(shape))
-    raw = raw.to(device)
-    if config.freeze_encoder and encoder:
+    shape = fit_config(config, tokenizer, encoder)
+    if config.init_from:
+        model = start_from(config.init_from, shape)
+    else:
+        model = Generator(shape)
+    check_fits(model.config, tokenizer, encoder)
+    stage = Stage2 if config.critic == "none" else Stage2WithCritic
+    raw = stage(encoder, model).to(device)
+    if config.freeze_encoder and encoder is not None:
         encoder.requires_grad_(False)
     if rank == 0:
-        print(f"{config}\n{parameter_count(raw):.2f}M parameters, {parameter_count(raw.generator):.2f}M of "
-              f"them the generator's, {len(train.clips)} clips, {device} x {world}")
+        print(f"{config}\n{parameter_count(raw):.2f}M parameters, "
+              f"{parameter_count(raw.generator):.2f}M of them the generator's, "
+              f"{len(train.clips)} clips, {device} x {world}")
 
     # ---- optimizer and EMA
     optimizer = torch.optim.AdamW(raw.parameters(), lr=config.lr, betas=(0.9, 0.99),
@@ -267,66 +510,61 @@ def main():
     # ---- resume
     step, seconds = load_state(state_path, parts) if config.resume else (0, 0.0)
 
-    # ---- compile and DDP
+    # ---- compile and DDP: `model` is called, `raw` holds its parameters
     model = torch.compile(raw) if config.compile else raw
     if dist.is_initialized():
-        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        device_ids = [device.index] if device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids=device_ids)
 
     # ---- loop
-    log, loader = Log(config, "generator", rank), \
-        batches(train, config.batch, step * config.accumulate, rank, world, config.workers)
+    log = Log(config, "generator", rank)
     log.bar.update(step)
-    began, results = time.time() - seconds, {}
+    loader = batches(train, config.batch, step * config.accumulate, rank, world, config.workers)
+    began = time.time() - seconds
+    results = {}
     for step in count(step):
+        # schedule: the share of the training that is done, and the learning rate
         seconds = time.time() - began
         done, lr = schedule(config, step, seconds, device)
 
-        # evaluate and save
+        # evaluate the EMA weights
         if step > 0 and (done >= 1 or step % config.eval_every == 0):
-            results = log.write(step, **evaluate(ema, tokenizer, val, config, device, rank, world))
+            results = evaluate(ema, tokenizer, val, config, device=device, rank=rank, world=world)
+            results = log.write(step, **results)
+
+        # save
         if rank == 0 and step > 0 and (done >= 1 or step % config.save_every == 0):
             save_weights(config.out, "generator", ema.generator, step)
-            if encoder:
+            if encoder is not None:
                 save_weights(config.out, f"{config.condition}_encoder", ema.encoder, step)
             save_state(state_path, parts, step, seconds)
         if done >= 1:
             break
 
-        # accumulate
+        # accumulate the gradients of one or more batches
         for _ in range(config.accumulate):
             batch = to_device(log.wait(loader), device)
             with bfloat16(device, config.bf16):
-                index = tokenizer.encode(batch["video"])                                    # B T' h w
-                u = draws(batch["noise"], T * N)
-                masked, known = choose_masked(config, u["masked"], T, N)
-                fade = choose_fade(u["fade"], config.fade_share)
-                index, masked = as_sampled(tokenizer, index, known, fade), masked.reshape(index.shape)
-                anchor = tokenizer.encode(batch["anchor"])[:, 0]
-                anchor = choose_anchor(u["anchor"], anchor, known, config.anchor_share)
-                hidden = choose_hidden(u["hidden"], samples, config.hide_share)
-                told = batch, anchor, u["drop"][:, 0] < config.drop_ecg, hidden
-                if config.critic == "none":
-                    loss, values = masked_mean(model(index, masked, *told), masked), {}
-                else:
-                    each, logits, fake = model(index, masked, *told, u["critic"].unflatten(1, (2, -1)))
-                    free = torch.arange(T, device=device)[:, None, None] >= known[:, None, None, None]
-                    bce, values = critic_loss(logits, fake, free.expand_as(fake))
-                    loss = masked_mean(each, masked) + config.critic_weight * bce
+                loss, values = batch_loss(config, model, tokenizer, batch, samples)
             (loss / config.accumulate).backward()
 
-        # clip, step, EMA
-        update(config, raw, optimizer, lr, step, train.clips, batch, state_path)
+        # clip the gradient, step, EMA
+        optimizer_step(config, raw, optimizer, lr=lr, step=step, clips=train.clips, batch=batch,
+                       state_path=state_path)
         if step % 10 == 0:
+            # A short average early on, since the first weights are far from the later ones.
             ema_update(ema, raw, min(config.ema, step / (step + 100)))
 
         # log
         if step % config.log_every == 0:
-            values = all_mean({"loss": loss, "masked": masked.float().mean(), **values}, device)
+            values = all_mean({"loss": loss, **values}, device)
+            num_leads = len(batch["leads"]) if samples else 0
             log.write(step, **values, lr=lr, seconds=seconds, **log.rate(step, config, world),
-                      leads=len(batch["leads"]) if samples else 0)
+                      leads=num_leads)
             log.bar.set_postfix({"loss": f"{values['loss']:.3f}", **results})
         log.bar.update()
 
+    # ---- teardown
     log.close(f"generator.pt: {step} steps, {seconds / 60:.1f} minutes, {results}")
 
 
