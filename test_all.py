@@ -4,15 +4,20 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from itertools import islice
 from pathlib import Path
 from pkgutil import resolve_name
 from types import SimpleNamespace
 
 import imageio
+from dataclasses import is_dataclass, replace
+
 import numpy as np
 import pytest
 import scipy
@@ -25,27 +30,29 @@ import train_generator
 import train_tokenizer
 from common import checkpoint, training
 from common.flags import UserError, field_comments, parse_flags
-from data.dataset import (LEADS, Clips, RandomWindows, as_video, batches, cut_ecg, moves,
-                          vary_video, vary_view)
+from data.dataset import (LEADS, Clips, RandomWindows, as_video, batches, crop_or_pad,
+                          random_affine_grid, random_shift_and_flip, random_view)
 from data.ecg_files import read_ecg
-from data.ecg_signal import clean_ecg, find_r_peaks, redraw_ecg
+from data.ecg_signal import augment_recorder_filter, clean_ecg, find_r_peaks
 from data.ecgsyn import ecg_of_beats, make_ecg, usual_systole
 from data.writer import Writer, prepare
-from metrics import curves, ejection_fraction, frechet, image_quality, lv_segmenter, profiling
-from sources import camus, dicom_cines, echonet_dynamic, short_axis_mri, video_ecg_folder, video_folder
-from sources.phantom import PhantomConfig, list_jobs, make_clip
 from ecg_encoder import EcgConfig, EcgEncoder, MaskedAutoencoder
-from generator import (SCORERS, Generator, GeneratorConfig, condition, draw, fill_in, guide, halton,
-                       masked_share, stream_video)
-from tokenizer import (LFQ, Tokenizer, TokenizerConfig, adapters, add_lora, bits_to_index, index_to_bits,
-                       joint, merge, patchify)
+from generator import (SCORERS, DecodingConfig, Generator, GeneratorConfig, build_condition,
+                       classifier_free_guidance, cosine_schedule, halton_order, load_models,
+                       maskgit_decode, sample_categorical, stream_video)
+from metrics import curves, ejection_fraction, frechet, image_quality, lv_segmenter, profiling
+from sources import (camus, dicom_cines, echonet_dynamic, short_axis_mri, video_ecg_folder,
+                     video_folder)
+from sources.phantom import PhantomConfig, list_jobs, make_clip
+from tokenizer import (LFQ, Tokenizer, TokenizerConfig, add_lora, bits_to_index, index_to_bits,
+                       joint_code_probabilities, lora_state_dict, merge_lora, patchify)
 
 HERE = Path(__file__).parent
 WATCH = HERE.parent / "shared/real/ecg/apple_watch_digitized.csv"
 GOLDEN = [2701, 5714, 486, 451, 5366, 1209, 4864, 6317]     # one row of tokens by the shipped weights
 TINY = dict(dim=32, heads=2, mlp_dim=64)
 SMALL = {"tokenizer": TINY | dict(depth_space=1, depth_time=1), "ecg_encoder": TINY | dict(depth=1),
-         "generator": TINY | dict(depth=1, ecg_dim=32, critic="self")}
+         "generator": TINY | dict(depth=1, critic="self")}
 TOKENIZER = "tokenizer", Tokenizer, TokenizerConfig
 TRAINERS = {"tokenizer": train_tokenizer, "ecg_encoder": ecg_encoder, "generator": train_generator}
 rng = lambda seed=0: torch.Generator().manual_seed(seed)
@@ -56,7 +63,7 @@ torch.set_num_threads(2)
 def tiny():
     """Seeds every test. Untrained models; the branch of the local ECG, which starts at zero, has weight."""
     torch.manual_seed(0)
-    generator = Generator(GeneratorConfig(**SMALL["generator"]))
+    generator = Generator(GeneratorConfig(**SMALL["generator"], ecg_dim=32))
     torch.nn.init.normal_(generator.local_out.weight)
     return SimpleNamespace(generator=generator, encoder=EcgEncoder(EcgConfig(**SMALL["ecg_encoder"])),
                            tokenizer=Tokenizer(TokenizerConfig(**SMALL["tokenizer"])).eval())
@@ -64,9 +71,10 @@ def tiny():
 
 def ecg_condition(tiny, B=2, seed=0, start=-1.0, drop=None):
     """A condition from noise in place of an ECG."""
-    told = dict(ecg=torch.randn(B, 1, 600, generator=rng(seed)), leads=torch.tensor([1]),
-                ecg_start=torch.full((B,), start), fps=torch.full((B,), 25.0))
-    return condition(tiny.generator.config, tiny.encoder, told, drop)
+    return build_condition(
+        tiny.generator.config, tiny.encoder, fps=torch.full((B,), 25.0),
+        ecg=torch.randn(B, 1, 600, generator=rng(seed)), leads=torch.tensor([1]),
+        ecg_start=torch.full((B,), start), drop=drop)
 
 
 def overfit(model, loss, steps, lr):
@@ -106,7 +114,7 @@ def test_codes_to_indices_and_back():
     index = torch.arange(2 ** 13)
     assert torch.equal(bits_to_index(index_to_bits(index, 13)), index)
     assert index_to_bits(torch.tensor(1), 13).tolist() == [1] + [-1] * 12         # bit 0 first
-    assert torch.equal(joint((index_to_bits(torch.arange(8), 3) > 0).float()), torch.eye(8))
+    assert torch.equal(joint_code_probabilities((index_to_bits(torch.arange(8), 3) > 0).float()), torch.eye(8))
 
 
 def test_entropy_equals_brute_force():
@@ -177,10 +185,10 @@ def test_lora(tiny):
         torch.nn.init.normal_(p, std=0.05) if p.requires_grad else None
     adapted = model(video)[0]
     assert not torch.allclose(adapted, before, atol=1e-2)
-    assert merge(copy.deepcopy(model)).keys() == names
-    plain.load_state_dict(merge(model))
+    assert merge_lora(copy.deepcopy(model)).keys() == names
+    plain.load_state_dict(merge_lora(model))
     assert torch.allclose(plain(video)[0], adapted, atol=1e-5) and torch.equal(model(video)[0], adapted)
-    demo = adapters(add_lora(Tokenizer(TokenizerConfig()), rank=16))
+    demo = lora_state_dict(add_lora(Tokenizer(TokenizerConfig()), rank=16))
     assert 4 * sum(x.numel() for x in demo.values()) < 2e6                          # bytes
 
 
@@ -227,17 +235,20 @@ def test_perceptual_loss(tmp_path):
 
 def test_guidance(tiny):
     """Guidance that does nothing: s = 1 must be the conditional pass, the null context another one."""
-    assert guide(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), 3.0).tolist() == [[-3.0, -4.0]]
+    assert classifier_free_guidance(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), 3.0).tolist() == [[-3.0, -4.0]]
     generator, index = tiny.generator, torch.randint(0, 8192, (2, 6, 8, 8))
     masked, cond, drop = torch.rand(index.shape) < 0.5, ecg_condition(tiny), torch.ones(2, dtype=torch.bool)
     null = [generator.features(index, masked, ecg_condition(tiny, seed=s, drop=drop)) for s in (0, 1)]
     assert not torch.allclose(generator.features(index, masked, cond), null[0], atol=1e-3)
     assert torch.equal(*null)                                   # where nothing of the ECG is left
-    drawn = [generator.propose(index, masked, cond, s, 1.0, rng())[0] for s in (1.0, 1.0 + 1e-6, 5.0)]
+    drawn = [generator.sample_tokens(index, masked, cond, guidance=s, temperature=1.0, rng=rng())[0]
+             for s in (1.0, 1.0 + 1e-6, 5.0)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    scales, generator.propose = [], lambda i, m, c, scale, *a: (scales.append(scale), (i, i.float()))[1]
+    scales = []
+    generator.sample_tokens = lambda i, m, c, *, guidance, **more: (scales.append(guidance), (i, i.float()))[1]
     for end in (0, 5):
-        fill_in(generator, index, masked, cond, steps=3, guidance=1, guidance_end=end, rng=rng())
+        decoding = DecodingConfig(steps=3, guidance=1, guidance_end=end)
+        maskgit_decode(generator, index, masked, cond, decoding, rng())
     assert scales == [1, 1, 1, 1, 3, 5]
 
 
@@ -254,9 +265,11 @@ def test_sampling_fills_all_and_keeps_the_known(tiny, steps, scorer):
     """A mask token left after the last step, or a known token overwritten."""
     index, masked = torch.zeros(2, 6, 8, 8, dtype=torch.long), torch.ones(2, 6, 8, 8, dtype=torch.bool)
     index[:, :2], masked[:, :2] = torch.randint(0, 8192, (2, 2, 8, 8)), False
-    calls, propose = [], tiny.generator.propose
-    tiny.generator.propose = lambda i, m, *a: (calls.append(m.sum(dim=(1, 2, 3))), propose(i, m, *a))[1]
-    out = fill_in(tiny.generator, index.clone(), masked, ecg_condition(tiny), scorer, steps, 1.5, rng=rng())
+    calls, sample_tokens = [], tiny.generator.sample_tokens
+    tiny.generator.sample_tokens = lambda i, m, *a, **more: (calls.append(m.sum(dim=(1, 2, 3))),
+                                                            sample_tokens(i, m, *a, **more))[1]
+    out = maskgit_decode(tiny.generator, index.clone(), masked, ecg_condition(tiny),
+                         DecodingConfig(steps, scorer, 1.5), rng())
     assert torch.equal(out[:, :2], index[:, :2]) and len(calls) == steps
     assert (out[:, 2:] != 0).float().mean() > 0.99 and out.max() < 8192
     assert all(a[0] > b[0] and a[0] == a[1] for a, b in zip(calls, calls[1:]))      # fewer at every step
@@ -264,7 +277,7 @@ def test_sampling_fills_all_and_keeps_the_known(tiny, steps, scorer):
 
 def test_halton_order_is_even():
     """An order that leaves holes: each eighth of the turns must reach each frame, row and column."""
-    turn = halton(6, 8, 8, "cpu")[0]
+    turn = halton_order(6, 8, 8, "cpu")[0]
     assert torch.equal(turn.flatten().sort()[0], torch.arange(384))
     for eighth in range(8):
         for at in (turn // 48 == eighth).nonzero().T:
@@ -275,20 +288,21 @@ def test_halton_order_is_even():
 def test_critic(tiny, critic):
     """Labels that are wrong where a draw hits the real token; a gradient from critic to generator; no ECG."""
     u, logits = torch.rand(200_000), torch.tensor([0.0, 1.0, -1.0])
-    share = draw(logits.expand(1, 200_000, 3), u[None])[0].bincount() / 200_000
+    share = sample_categorical(logits.expand(1, 200_000, 3), u[None])[0].bincount() / 200_000
     assert torch.allclose(share, logits.softmax(0), atol=0.01)
-    generator = Generator(GeneratorConfig(**SMALL["generator"] | dict(critic=critic)))
+    generator = Generator(GeneratorConfig(**SMALL["generator"] | dict(critic=critic, ecg_dim=32)))
     index, cond = torch.randint(0, 8192, (2, 6, 8, 8)), ecg_condition(tiny)
     masked, u = torch.rand(index.shape) < 0.5, torch.rand(2, 2, 384)
-    loss, judged = generator(index, masked, cond, u)
+    features = generator.features(index, masked, cond)
+    loss, judged = generator.token_loss(features, index), generator.critic_input(features, index, masked, u)
     assert torch.equal(loss, generator(index, masked, cond)) and torch.equal(judged[~masked], index[~masked])
     assert (judged != index)[masked].float().mean() > 0.99
     torch.nn.init.zeros_(generator.to_low.weight), torch.nn.init.zeros_(generator.to_high.weight)
     with torch.no_grad():
         generator.to_low.bias[5], generator.to_high.bias[2] = 99, 99
-    sure = generator(torch.full_like(index, 5 + (2 << 7)), masked, cond, u)[1]
+    sure = generator.critic_input(features, torch.full_like(index, 5 + (2 << 7)), masked, u)
     assert (sure == 5 + (2 << 7)).all()                         # drawn, and still the real token
-    score = generator.score(judged, cond)
+    score = generator.critic_logits(judged, cond)
     score.sum().backward()
     assert score.shape == index.shape and generator.to_low.weight.grad is None
     assert (generator.blocks[0].attn.q.weight.grad is None) == (critic == "token")
@@ -315,15 +329,15 @@ def test_hidden_ecg(tiny):
     """A hidden span that still reaches the tokens, by either way; hiding that changes nothing; a way that is
     shut off and is not."""
     generator, index = tiny.generator, torch.randint(0, 8192, (1, 6, 8, 8))
-    hidden = train_generator.choose_hidden(torch.tensor([[0.1, 0.5, 0.4], [0.3, 0.5, 0.4]]), 600, share=0.2)
+    hidden = train_generator.random_ecg_mask(torch.tensor([[0.1, 0.5, 0.4], [0.3, 0.5, 0.4]]), 600, p=0.2)
     assert hidden.sum(1).tolist() == [165, 0] and hidden[0, 158:323].all()
     ecg = torch.randn(2, 1, 2, 600)
     other = torch.where(hidden[:1, None], ecg[0], ecg[1])       # as the first, but for the hidden span
 
     def features(ecg, hidden, align="both"):
         generator.config.align = align
-        told = dict(ecg=ecg, leads=torch.arange(2), ecg_start=torch.tensor([-0.98]), fps=torch.tensor([25.]))
-        cond = condition(generator.config, tiny.encoder, told, hidden=hidden)
+        cond = build_condition(generator.config, tiny.encoder, ecg=ecg, leads=torch.arange(2),
+                               ecg_start=torch.tensor([-0.98]), fps=torch.tensor([25.]), ecg_hidden=hidden)
         return generator.features(index, torch.ones_like(index, dtype=torch.bool), cond)
     whole, a, b = features(ecg[0], None), features(ecg[0], hidden[:1]), features(ecg[1], hidden[:1])
     assert torch.equal(a, features(torch.where(hidden[:1, None], 9., ecg[0]), hidden[:1]))
@@ -337,17 +351,20 @@ def test_hidden_ecg(tiny):
 def test_masks():
     """Known frames masked, or a share that is not the cosine schedule's."""
     config, noise = train_generator.TrainConfig(), torch.rand(400, 3 + 6 * 64)
-    masked = train_generator.choose_masked(config, noise, 6, 64)[0].any(-1)           # B T
+    order = noise[:, 3:].unflatten(1, (6, 64))
+    num_prefix = train_generator.random_num_prefix(config, noise[:, 0], noise[:, 2], 6)
+    masked = train_generator.random_token_mask(num_prefix, noise[:, 1], order).any(-1)      # B T
     assert masked.any(-1).all() and abs(masked[:, 0].float().mean() - 0.15) < 0.06  # 15 %: nothing known
-    share = train_generator.choose_masked(config, noise, 6, 64, known=1)[0].float().mean((1, 2)) * 6 / 5
-    assert torch.allclose(share, masked_share(noise[:, 1]), atol=0.01)
+    one = torch.ones_like(num_prefix)
+    share = train_generator.random_token_mask(one, noise[:, 1], order).float().mean((1, 2)) * 6 / 5
+    assert torch.allclose(share, cosine_schedule(noise[:, 1]), atol=0.01)
 
 
 def test_prefixes_are_as_sampling_has_them(tiny):
     """Training on prefixes cleaner than sampling's own, which fades; or other tokens changed with them."""
     index = tiny.tokenizer.encode(torch.rand(4, 1, 11, 64, 64))
     again = tiny.tokenizer.encode(tiny.tokenizer.decode(index))
-    found = train_generator.as_sampled(tiny.tokenizer, index, torch.tensor([0, 1, 2, 5]))
+    found = train_generator.reencode_prefix(tiny.tokenizer, index, torch.tensor([0, 1, 2, 5]))
     assert torch.equal(found[:2], index[:2]) and not torch.equal(again, index)
     assert all(torch.equal(found[i], torch.cat([again[i, :n], index[i, n:]])) for i, n in ((2, 2), (3, 5)))
 
@@ -357,18 +374,18 @@ def test_anchor(tiny):
     first window; a fade that reaches the target or clips that are not to have it."""
     generator, index, cond = tiny.generator, torch.randint(0, 8192, (2, 6, 8, 8)), ecg_condition(tiny)
     masked, anchor = torch.ones_like(index, dtype=torch.bool), torch.randint(0, 8192, (2, 8, 8))
-    ecg = torch.randn(2, 1, generator.local_in.in_features)
+    ecg = torch.randn(2, 1, generator.local_samples)
     none, seen, late = (generator.features(index, masked, cond._replace(anchor=a, anchor_ecg=e))
                         for a, e in ((cond.anchor, ecg), (anchor, ecg), (anchor, ecg.roll(40, -1))))
     assert not torch.allclose(late, seen, atol=1e-4)
     assert none.shape == seen.shape and not torch.allclose(none, seen, atol=1e-3)
     known, noise = torch.tensor([0, 1, 2, 5]), torch.tensor([[0.1], [0.1], [0.95], [0.1]])
-    chosen = train_generator.choose_anchor(noise, torch.ones(4, 8, 8, dtype=torch.long), known, 0.9)
+    chosen = train_generator.random_anchor(noise, torch.ones(4, 8, 8, dtype=torch.long), known, 0.9)
     assert chosen.amin((1, 2)).tolist() == [-1, -1, -1, 1]
-    fade = train_generator.choose_fade(torch.cat([torch.tensor([[0.1], [0.9]]), torch.rand(2, 16)], 1), 0.5)
+    fade = train_generator.random_fade(torch.cat([torch.tensor([[0.1], [0.9]]), torch.rand(2, 16)], 1), 0.5)
     assert fade[0].min() >= 0.5 and fade[0].max() <= 1.2 and fade[0].std() > 0.05 and (fade[1] == 1).all()
     index = tiny.tokenizer.encode(torch.rand(2, 1, 11, 64, 64))
-    a, b = (train_generator.as_sampled(tiny.tokenizer, index, torch.tensor([3, 3]), x) for x in (None, fade))
+    a, b = (train_generator.reencode_prefix(tiny.tokenizer, index, torch.tensor([3, 3]), x) for x in (None, fade))
     assert not torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and torch.equal(b[:, 3:], index[:, 3:])
 
 
@@ -387,7 +404,9 @@ def test_stream_has_every_frame_once(tiny):
     """A chunk too long or missing between two windows; a different video for the same seed."""
     ecg = np.random.default_rng(0).standard_normal((1, 1, 1000)).astype(np.float32)
     models = tiny.tokenizer, tiny.encoder, tiny.generator
-    stream = lambda n: torch.cat([*stream_video(*models, ecg, [1], 0.0, n, 25, steps=2, overlap=5)], 2)
+    stream = lambda n: torch.cat([*stream_video(
+        *models, ecg=ecg, leads=[1], ecg_start=0.0, frames=n, fps=25,
+        decoding=DecodingConfig(steps=2, guidance=1))], 2)
     a, b, c = stream(30), stream(30), stream(12)
     assert a.shape == (1, 1, 30, 64, 64) and torch.equal(a, b) and torch.equal(a[:, :, :12], c)
 
@@ -455,7 +474,7 @@ def test_generator_of_video_alone(weights, tmp_path):
     assert np.ptp(clip["mask"].sum((1, 2))) > 0.1 * clip["mask"][0].sum() > 10
     flags = train_flags("generator", tmp_path / "set", weights, tmp_path)
     call(train_generator.main, *flags, "--condition=none", "--steps=60", "--warmup=1", "--lr=3e-3",
-         "--log_every=1", "--none_share=1", "--prefix_share=0")
+         "--log_every=1", "--p_no_prefix=1", "--p_prefix=0")
     losses = [loss for loss, _ in result(tmp_path, "generator")[0].values()]
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5]) and not (tmp_path / "ecg_encoder.pt").exists()
     shutil.copy(weights / "tokenizer.pt", tmp_path)
@@ -478,19 +497,20 @@ def test_text(phantom, weights, tmp_path, monkeypatch):
     call(train_generator.main, *flags, "--condition=text", "--steps=8", "--init_from=" + str(weights))
     for name in ("tokenizer", "segmenter"):
         shutil.copy(weights / f"{name}.pt", tmp_path)
-    tokenizer, encoder, generator, _ = evaluate.load_models(tmp_path, "cpu")
+    tokenizer, encoder, generator = load_models(tmp_path, "cpu")
     z, nothing = encoder(["A4C view, EF 30", "A2C"])
     assert nothing.sum(1).tolist() == [0, 12] and z.shape == (2, 16, 32)
     assert torch.allclose(encoder(["A2C"])[0][0], z[1, :4], atol=1e-5)         # padding does not count
-    index, told = torch.zeros(2, 6, 8, 8, dtype=torch.long), {"fps": torch.full((2,), 25.0)}
-    told = condition(generator.config, encoder, told | {"text": ["A4C view, EF 30", "A2C"]})
+    index = torch.zeros(2, 6, 8, 8, dtype=torch.long)
+    told = build_condition(generator.config, encoder, fps=torch.full((2,), 25.0),
+                           text=["A4C view, EF 30", "A2C"])
     a, b = generator.features(index, index == 0, told)
     assert not torch.allclose(a, b, atol=1e-5)
-    item = RandomWindows(Clips(phantom, "train"), 11, text=0.5)
+    item = RandomWindows(Clips(phantom, "train"), 11, p_drop_phrase=0.5)
     said = {item[n]["text"] for n in range(20)}
     assert any("EF" in x and "A4C" not in x for x in said) and any("A4C" in x and "EF" not in x for x in said)
     out = f"--out={tmp_path / 'out'}"
-    refused("told by text", call, sample.main, f"--weights={tmp_path}", out)
+    refused("trained with text", call, sample.main, f"--weights={tmp_path}", out)
     call(sample.main, f"--weights={tmp_path}", out, "--text=A4C view, EF 30", "--frames=12", "--steps=1")
     assert np.load(tmp_path / "out/sample.npy").shape == (12, 64, 64, 1)
     call(evaluate.main, "ef", f"--data={phantom}", f"--weights={tmp_path}", out, "--frames=12", "--steps=1")
@@ -527,6 +547,15 @@ def test_two_ranks_equal_one_process(stage, phantom, weights, tmp_path):
     assert all(halves[step] == pytest.approx(losses[step], rel=2e-4) for step in (0, 2))
 
 
+def test_validation_of_many_ranks(phantom, weights):
+    """A rank without a batch where ranks x batch are more than the items: its peers would wait for it."""
+    tokenizer = checkpoint.load_weights(weights, *TOKENIZER).eval()
+    data = train_tokenizer.make_data(train_tokenizer.TrainConfig(data=str(phantom)), "val")
+    one, last = (train_tokenizer.evaluate(tokenizer, data, 2, device="cpu", rank=rank, world=world, items=4)
+                 for rank, world in ((0, 1), (7, 8)))
+    assert last["val_mse"] == pytest.approx(one["val_mse"], rel=0.5) and last["val_codes"] > 0
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_equals_eager(phantom, tmp_path):
     """A graph that torch.compile cannot build, or one that Eq. 6 cannot ask twice for a gradient."""
@@ -548,11 +577,11 @@ def test_domain_transfer(phantom, weights, tmp_path, capfd):
     model = Tokenizer(TokenizerConfig(**SMALL["tokenizer"]))
     model.load_state_dict(base)
     add_lora(model, saved["rank"]).load_state_dict(saved["model"], strict=False)
-    assert all(torch.allclose(merge(model)[k], v, atol=1e-6) for k, v in merged["model"].items())
+    assert all(torch.allclose(merge_lora(model)[k], v, atol=1e-6) for k, v in merged["model"].items())
     assert any(not torch.equal(base[k], v) for k, v in merged["model"].items())
     after = train("decoder", "--decoder_only", *ADVERSARIAL)
     kept = {k for k in base if torch.equal(base[k], after["model"][k])}
-    assert kept == {k for k in base if re.match("embed|place|encode|lfq.project_in", k)}
+    assert kept == {k for k in base if re.match("embed|spatial_position|encode|lfq.project_in", k)}
     assert after["losses"] == "mse commitment entropy adversarial"
     assert "no perceptual loss" in capfd.readouterr().out
     fresh = [f"--data={phantom}", f"--out={tmp_path / 'fresh'}"]
@@ -578,26 +607,27 @@ def test_prepared_set(phantom):
     """A reader that mixes up clips, or a window whose ECG is not of its own time span."""
     clips = Clips(phantom, "train")
     assert len(clips) == 6 and clips.leads == list(LEADS) and clips.meta["ecg_hz"] == 250
-    item, again = (RandomWindows(clips, 11, 600, clean=lambda x: x, seed=3)[5] for _ in range(2))
+    item, again = (RandomWindows(clips, 11, ecg_samples=600, clean=lambda x: x, seed=3)[5] for _ in range(2))
     assert all(torch.equal(torch.as_tensor(item[k]), torch.as_tensor(again[k])) for k in item)
     i, row, whole = item["clip"], clips[item["clip"]], clips.per_frame("video", item["clip"])
     video = (item["video"] * 255).round().byte().permute(1, 2, 3, 0).numpy()
     start, = [s for s in range(len(whole) - 10) if np.array_equal(whole[s:s + 11], video)]
     first = round((item["ecg_start"] + start / 25 - row["ecg_offset_s"]) * 250)
-    assert np.array_equal(item["ecg"][0].numpy(), cut_ecg(clips.ecg(i), first, 600)[item["leads"][0]])
+    assert np.array_equal(item["ecg"][0].numpy(), crop_or_pad(clips.ecg(i), first, 600)[item["leads"][0]])
     assert item["ecg_start"] < 0 < item["ecg_start"] + 600 / 250 - 10 / 25         # what lies around it, too
     colour = RandomWindows(clips, 11, seed=3, channels=3)[5]["video"]              # grey and colour are one
     assert colour.shape == (3, 11, 64, 64) and torch.equal(colour[2], item["video"][0])
-    darker = RandomWindows(clips, 11, seed=3, vary_video=lambda x, rng: x // 2, anchor=(0.8, 0.4))[5]
+    darker = RandomWindows(clips, 11, seed=3, augment_video=lambda x, rng: x // 2,
+                           anchor_seconds=(0.8, 0.4))[5]
     assert darker["video"].shape[1] == 11 and darker["anchor"].shape == (1, 1, 64, 64)
     assert 0 < darker["anchor"].max() <= 0.5 and darker["video"].max() <= 0.5       # both or neither
-    for vary in (vary_video, vary_view):
-        varied = RandomWindows(clips, 11, seed=3, vary_video=vary)[5]["video"]
+    for vary in (random_shift_and_flip, random_view):
+        varied = RandomWindows(clips, 11, seed=3, augment_video=vary)[5]["video"]
         assert varied.shape == item["video"].shape and not torch.allclose(varied, item["video"], atol=0.1)
         assert varied.std() == pytest.approx(item["video"].std().item(), rel=0.4)
         still = vary(np.repeat(whole[:1], 3, 0), np.random.default_rng(0))
         assert (still[0] == still[2]).all()                                        # the window moves as one
-    grid = moves(np.random.default_rng(0), 2, (64, 64))
+    grid = random_affine_grid(np.random.default_rng(0), 2, (64, 64))
     assert 1e-3 < grid.diff(n=2, dim=1).abs().max() < 0.1                          # bent, and gently
     assert torch.allclose(as_video(np.uint8([[[[0, 51, 102]]]]), 1), torch.tensor(0.2))
 
@@ -664,7 +694,7 @@ def test_several_sets(tmp_path):
     write("b", [7, 8], "val")
     val = Clips(f"{a},{b}", "val")
     assert len(val) == 2 and {val.draw(rng) for _ in range(20)} == {0, 1}
-    refused("has no ECG", RandomWindows, both, 4, 600)
+    refused("has no ECG", lambda: RandomWindows(both, 4, ecg_samples=600))
     refused("not the same height", Clips, f"{a},{write('c', [1], height=9)}", "train")
 
 
@@ -740,8 +770,9 @@ def test_echonet_dynamic(echonet, tmp_path):
     skipped = (tmp_path / "set/train/skipped.txt").read_text()
     assert all(reason in skipped for reason in ("EF 120", "0X4.avi: 20 frames", "0X5.avi: no such file"))
     row, traced = echonet_dynamic.file_list(echonet)[0], {99: echonet_dynamic.tracings(echonet)["0X0"][3]}
-    refused("fewer than two", echonet_dynamic.make_clip, (row, {3: [[1] * 4]}), echonet, 64, 1, 11)
-    refused("has frame 99, the video 20 frames", echonet_dynamic.make_clip, (row, traced), echonet, 64, 1, 11)
+    config = echonet_dynamic.EchonetDynamicConfig(src=str(echonet), size=64)
+    refused("fewer than two", echonet_dynamic.make_clip, (row, {3: [[1] * 4]}), config)
+    refused("has frame 99, the video 20 frames", echonet_dynamic.make_clip, (row, traced), config)
     refused("No such", call, echonet_dynamic.main, f"--src={tmp_path}", "--out=x")
     (tmp_path / "FileList.csv").write_text("FileName,EF\n0X1,50\n")
     refused("no column ESV", call, echonet_dynamic.main, f"--src={tmp_path}", "--out=x")
@@ -790,16 +821,18 @@ def test_ecg_for_echonet(tmp_path):
     assert "no beat is seen" in (tmp_path / "set/train/skipped.txt").read_text()
     half = 28 - 16 * curve(np.array([0.5, 1.3]))                                # the experts saw it beat
     traced = {k: [[56, 20, 56, 90], *([56 - w, y, 56 + w, y] for y in (20, 90))] for k, w in enumerate(half)}
-    row, net = echonet_dynamic.file_list(tmp_path)[1], str(tmp_path / "net.pt")
+    row = echonet_dynamic.file_list(tmp_path)[1]
+    config = echonet_dynamic.EchonetDynamicConfig(src=str(tmp_path), size=64,
+                                                  segmenter=str(tmp_path / "net.pt"))
     for every, frames in ((1, 110), (4, 28)):
-        clip = echonet_dynamic.make_clip((row, traced), tmp_path, 64, 1, 11, every, net)
+        clip = echonet_dynamic.make_clip((row, traced), replace(config, every=every))
         assert clip["r_peaks_s"] == pytest.approx([0.5, 1.3], abs=0.04)
         assert len(clip["video"]) == len(clip["mask"]) == frames and clip["fps"] == 50 / every
-    other = echonet_dynamic.make_clip((row, traced), tmp_path, 64, 1, 11, 1, net, any_hr=1)
+    other = echonet_dynamic.make_clip((row, traced), replace(config, any_hr=1))
     found, frames = echonet_dynamic.find_beats(other["mask"].sum((1, 2)), 50)[0], len(other["video"])
     assert found == pytest.approx(other["r_peaks_s"], abs=0.05)
     assert np.diff(found) == pytest.approx(0.8 * frames / 110, abs=0.1) and abs(frames - 110) > 10
-    own = echonet_dynamic.make_clip((row | {"Split": "VAL"}, traced), tmp_path, 64, 1, 11, 1, net, any_hr=1)
+    own = echonet_dynamic.make_clip((row | {"Split": "VAL"}, traced), replace(config, any_hr=1))
     assert len(own["video"]) == 110                             # val and test beat as they do
     shown, r_peaks, _ = echonet_dynamic.at_rate(np.array([0.5, 0.85, 1.25, 2.1]), 0.5, 130, 50, 60)
     assert (np.diff(shown) >= 0).all() and (np.diff(r_peaks) > 0).all()         # also where a beat is early
@@ -1020,7 +1053,7 @@ def test_clean_ecg():
     clean = clean_ecg(np.stack([beats, beats + np.sin(1.2 * np.arange(2500) / 250)]))
     assert abs(clean.std() - 1) < 1e-3 and np.corrcoef(clean)[0, 1] > 0.98
     assert clean_ecg(1e-3 * np.random.default_rng(0).standard_normal((1, 2500))).std() < 0.1
-    assert np.allclose(find_r_peaks(cut_ecg(clean, -400, 3300)) - 1.6, find_r_peaks(clean))
+    assert np.allclose(find_r_peaks(crop_or_pad(clean, -400, 3300)) - 1.6, find_r_peaks(clean))
 
 
 def test_redrawn_ecg_keeps_its_beats():
@@ -1028,10 +1061,10 @@ def test_redrawn_ecg_keeps_its_beats():
     e = make_ecg(0, 20, hr=70)
     clean, beats = clean_ecg(e.ecg.T[1:2]), (e.r_peaks[1:-1, None] * 250 + np.arange(-75, 76)).astype(int)
     for seed in range(40):
-        x = redraw_ecg(clean, np.random.default_rng(seed), share=1)
+        x = augment_recorder_filter(clean, np.random.default_rng(seed), p=1)
         steepest = np.abs(np.gradient(x[0]))[beats].argmax(1) - 75
         assert np.abs(steepest).max() <= 0.06 * 250 and np.abs(x - clean).max() > 0.1
-    assert redraw_ecg(clean, np.random.default_rng(0), share=0) is clean
+    assert augment_recorder_filter(clean, np.random.default_rng(0), p=0) is clean
 
 
 def test_ecg_encoder():
@@ -1093,7 +1126,7 @@ def test_sample_writes_a_set(weights, tmp_path):
         assert evaluate.r_peaks_of(clips, i).tolist() == report["r_peaks_s"]
         peaks = find_r_peaks(clips.ecg(i)) + clips[i]["ecg_offset_s"]
         assert set(report["r_peaks_s"]) == set(peaks[(peaks >= 0) & (peaks < 0.8)].round(3))
-    assert RandomWindows(clips, 11, 600, clean_ecg)[0]["ecg"].shape[-1] == 600
+    assert RandomWindows(clips, 11, ecg_samples=600, clean=clean_ecg)[0]["ecg"].shape[-1] == 600
     refused("set exists already", call, sample.main, *flags, "--masks=1")
     call(sample.main, *flags, "--seed=4")
     assert np.array_equal(np.load(tmp_path / "sample.npy"), clips.per_frame("video", 1))
@@ -1133,6 +1166,65 @@ def test_other_bad_input_is_one_line(weights, tmp_path):
     assert stderr.count("\n") == 1 and "Traceback" not in stderr
 
 
+def test_bad_settings_are_one_line(phantom, weights, tmp_path):
+    """A value that makes no sense, accepted or ending in a traceback, in a training or an evaluation."""
+    out = tmp_path / "out"
+    for stage in TRAINERS:
+        for bad in ("--batch=0", "--steps=-1", "--seed=-1", "--warmup=0", "--heads=5", "--ema=2", "--lr=-1",
+                    "--log_every=0"):
+            refused(bad.partition("=")[0], call, TRAINERS[stage].main, *train_flags(stage, phantom, weights, out), bad)
+    generator_flags = train_flags("generator", phantom, weights, out)
+    for bad in ("--p_hide=2", "--leads=I,XX", "--hide_share=0.2", "--bits=14"):
+        refused(bad.partition("=")[0], call, train_generator.main, *generator_flags, bad)
+    refused("has no ECG", call, train_generator.main, *generator_flags, "--condition=none", "--leads=I")
+    refused("--samples", call, ecg_encoder.main, *train_flags("ecg_encoder", phantom, weights, out), "--samples=100")
+    refused("--fps=0", call, sample.main, f"--weights={weights}", f"--out={out}", "--fps=0")
+    refused("XX", call, evaluate.main, "ef", f"--data={phantom}", f"--weights={weights}", f"--out={out}", "--leads=I,XX")
+    assert not out.exists()
+    (tmp_path / "file").write_text("")
+    refused("no folder", call, evaluate.main, "speed", f"--weights={weights}", f"--out={tmp_path / 'file/x'}")
+    for stage in TRAINERS:                                      # a state of a training with other sizes
+        refused("other flags", call, TRAINERS[stage].main, *train_flags(stage, phantom, weights, weights), "--resume",
+                "--dim=64")
+
+
+def test_ecg_window_covers_the_frames(weights, tmp_path):
+    """A training on windows longer than the ECG that the encoder sees."""
+    run("-m", "sources.phantom", f"--out={tmp_path / 'slow'}", "--clips=2", "--val=2", "--test=1", "--frames=12", "--fps=4")
+    refused("2.75 s", call, train_generator.main, *train_flags("generator", tmp_path / "slow", weights, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_leads_of_a_training(phantom):
+    """--leads that does not fix the leads, or changes what else is drawn."""
+    clips = Clips(phantom, "train")
+    drawn, fixed = (RandomWindows(clips, 11, ecg_samples=600, clean=clean_ecg, seed=3, uniforms=5, leads=leads)
+                    for leads in ("", "I,II,V2"))
+    for n in range(6):
+        assert fixed[n]["leads"].tolist() == [0, 1, 7] and fixed[n]["ecg"].shape == (3, 600)
+        assert torch.equal(fixed[n]["video"], drawn[n]["video"]) and torch.equal(fixed[n]["uniform"], drawn[n]["uniform"])
+    refused("no lead V9", lambda: RandomWindows(clips, 11, ecg_samples=600, clean=clean_ecg, leads="I,V9"))
+
+
+def test_old_checkpoints_load(weights, tmp_path):
+    """Weights under the names that parameters had before: they must load, and mean the same."""
+    old = {"spatial_position": "place", "temporal_position": "order", "anchor_position": "order_anchor"}
+    for stage, classes in (("tokenizer", (Tokenizer, TokenizerConfig)), ("generator", (Generator, GeneratorConfig))):
+        saved = torch.load(weights / f"{stage}.pt")
+        saved["model"] = {old.get(name, name): x for name, x in saved["model"].items()}
+        assert "place" in saved["model"]
+        torch.save(saved, tmp_path / f"{stage}.pt")
+        before, after = (checkpoint.load_weights(folder, stage, *classes).state_dict() for folder in (weights, tmp_path))
+        assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_sample_imports_few_files():
+    """sample.py that pulls in half of the project."""
+    code = "import sys, sample; print(*[m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert 8 <= len([x for x in done.stdout.split() if x.startswith(str(HERE))]) <= 12
+
+
 def test_flags():
     """A setting that --help or a preset does not reach."""
     flags = ["--preset=paper", "--dim=64", "--resume"]
@@ -1142,14 +1234,115 @@ def test_flags():
     assert all(set(field_comments(x)) == set(x.__dataclass_fields__) for x in configs)      # on every field
 
 
+PAGES = [HERE / "README.md", HERE / "weights/README.md", *sorted((HERE / "docs").glob("*.md"))]
+RECIPES = sorted((HERE / "recipes").glob("*.sh"))
+
+
 def test_readme_is_true():
-    """A file, an equation's function or a command in the README that is not there."""
+    """A file, an equation or a metric in the README that is not there; a README that grows."""
     readme = (HERE / "README.md").read_text()
-    assert all((HERE / name).exists() for name in re.findall(r"(?:data/)?\w+\.py\b", readme))
-    for name in re.findall(r"`(\w+\.(?!py`)[\w.]+)`", "".join(re.findall(r"^\|.*", readme, re.M))):
+    assert len(readme.split()) <= 1500
+    assert all((HERE / name).exists() for name in re.findall(r"(?:\w+/)?\w+\.py\b", readme))
+    table = "".join(re.findall(r"^\|.*", readme, re.M))
+    for name in re.findall(r"`(\w+\.(?!py`)[\w.]+)`", table):
         resolve_name(name)
-    for equation in range(2, 9):
-        assert any(f"# Eq. {equation}" in path.read_text() for path in HERE.glob("*.py")), equation
+    code = "".join(path.read_text() for path in HERE.glob("*.py") if path.name != "test_all.py")
+    for equation in range(1, 11):
+        assert re.search(rf"# Eq\. {equation}\b", code), equation
+        assert re.search(rf"Eq\. {equation},", table), equation
+    keys = sum(map(list, evaluate.METRICS.values()), [])
+    rows = re.findall(r"^\|.*\| (`[^|]*`) \|$", readme[readme.index("JSON key"):], re.M)
+    assert len(rows) >= 10 and set(re.findall(r"`(\w+)`", "".join(rows[:10]))) <= set(keys)
+
+
+def heading_anchor(heading):
+    """The anchor that a web page makes of a Markdown heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(HERE).as_posix())
+def test_links(page):
+    """A link to a file, a heading or a picture that is not there."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        if target.suffix == ".md" and anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            assert anchor in map(heading_anchor, headings), link
+
+
+def linked_lines():
+    """(page, the link, what it should be) of every link to a line, [module.name](../module.py#L1)."""
+    for page in PAGES:
+        for link, name, path in re.findall(r"(\[([\w.]+)\]\(([\w./]+\.py)#L\d+\))", page.read_text()):
+            last = name.split(".")[-1]
+            scope = name.split(".")[-2] if name.split(".")[-2][0].isupper() else ""
+            lines = (page.parent / path).read_text().splitlines()
+            start = next((k for k, x in enumerate(lines) if re.match(rf"class {scope}\b", x)), 0) if scope else 0
+            found = [k for k, x in enumerate(lines[start:], start + 1)
+                     if re.match(rf"\s*(def|class) {last}\b|{last} = ", x)]
+            assert found, f"{page.name}: no {name}"
+            yield page, link, f"[{name}]({path}#L{found[0]})"
+
+
+def test_links_to_lines():
+    """A link that shows another function than it names; `python test_all.py --links` mends it."""
+    links = list(linked_lines())
+    wrong = [right for _, link, right in links if link != right]
+    assert len(links) >= 15 and not wrong, "python test_all.py --links mends them"
+
+
+def documented_commands(path):
+    """(script or module, arguments) of each python command in a page or a recipe."""
+    text = re.sub(r"\\\n", " ", path.read_text())
+    text = re.sub(r"\"?\$\(scaled ([\d.]+)[^)]*\)\"?", r"\1", text)           # scaled 20 -> 20
+    for line in text.splitlines():
+        found = re.search(r"(?:python|torch\.distributed\.run|torchrun)\b.*?(?:-m ((?:sources|metrics)\.\w+)|(\w+)\.py)"
+                          r"([ =].*|$)", line)
+        if found and not re.match(r"\s*(#|echo)|.*(`| MODE )", line):
+            module = found[1] or found[2]
+            rest = re.split(r"\s[>|&;]|\s#", " " + found[3])[0]
+            if "$ecg" not in line and module != "test_all":
+                yield module, [x for x in shlex.split(rest) if x not in (")", ";")]
+
+
+def config_of(module):
+    """The settings and the presets of a script."""
+    presets = getattr(module, "TRAIN_PRESETS", getattr(module, "PRESETS", None))
+    own = [x for x in vars(module).values() if is_dataclass(x) and x.__module__ == module.__name__]
+    named = {x.__name__: x for x in own if x.__name__.endswith("Config")}
+    for name in ("TrainConfig", "EvalConfig", "SampleConfig"):
+        if name in named:
+            return named[name], presets
+    return list(named.values())[-1], presets
+
+
+@pytest.mark.parametrize("path", [*PAGES, *RECIPES], ids=lambda path: path.relative_to(HERE).as_posix())
+def test_documented_commands(path):
+    """A flag in a page or a recipe that its script does not know, or a value that it does not take."""
+    for name, argv in documented_commands(path):
+        config, presets = config_of(resolve_name(name))
+        argv = [x for x in argv if not re.match(r"--target_|--help|--links|--recipes", x)]
+        if name == "evaluate":
+            assert argv.pop(0) in (*evaluate.MODES, "tables"), path
+        argv = [re.sub(r"=\$.*|=[A-Z]$", "=1", x) for x in argv if not x.startswith("$")]
+        parse_flags(config, presets, [x for x in argv if x.startswith("--")])
+
+
+def test_readme_commands_run(weights, tmp_path, monkeypatch):
+    """A sample.py command of the README that does not run (here short, by tiny weights)."""
+    e = make_ecg(0, 8).ecg[:, 1]
+    (tmp_path / "watch.csv").write_text("\n".join(["Sample Rate,250 hertz", "Lead,Lead I", "Unit,mV", *map(str, e)]))
+    np.save(tmp_path / "trace.npy", e[:200])
+    imageio.imwrite(tmp_path / "frame.png", np.full((64, 64), 99, np.uint8))
+    monkeypatch.chdir(tmp_path)
+    commands = [argv for name, argv in documented_commands(HERE / "README.md") if name == "sample"]
+    assert len(commands) >= 6
+    for argv in commands:
+        call(sample.main, *argv, f"--weights={weights}", "--frames=12", "--steps=1")
 
 
 # ---------------------------------------------------------------------------- measures, the shipped weights
@@ -1180,11 +1373,11 @@ def test_measures():
     ("reconstruction", "mse=9", "mse=1e-9", "mae psnr ssim codes_used codebook_perplexity rd_bound_mse"),
     ("segmenter", "clips=2", "clips=3", "dice ef_r2 ef_mae ef_rmse"),
     ("figure", "rows=9", "rows=1", "frames"),
-    ("drift", "clips=2", "clips=3", "grey contrast area beats_found_first ed_error_ms_median_last"),
+    ("drift", "clips=2", "clips=3", "grey contrast area beat_recall_first ed_error_ms_median_last"),
     ("speed", "parameters_m=9", "parameters_m=0", "video_seconds generator_gflop encoder_share_of_matmul"),
     ("ef", "clips=2", "clips=3", "ef_r2 ef_mae ef_rmse ef_r2_true ef_mae_true ef_mae_decoded diversity"),
     ("sync", "clips=2", "clips=3", "area_r_median area_r_traced_mean ed_error_ms_median ed_error_ms_p95 "
-                                   "extra_beats shift_ms flat_swing hidden_swing hidden_r_visible clips "
+                                   "extra_beats shift_ms flat_swing hidden_amplitude hidden_r_visible clips "
                                    "device weights")])
 def test_evaluate_modes(mode, target, missed, figures, phantom, weights, tmp_path):
     """A mode that ends in a traceback, a figure that is missing, or a target that cannot fail."""
@@ -1283,3 +1476,30 @@ def test_real_ecg(tmp_path):
     i, j = curves.match(r, ed)
     assert len(j) == len(ed) and set(np.flatnonzero((r > 0.15) & (r < 127 / 25 - 0.15))) <= set(i)
     assert len(ed) >= 5 and np.median(np.abs(r[i] - ed[j])) <= 0.08
+
+
+# ---------------------------------------------------------------------------- python test_all.py --recipes, --links
+
+def run_recipes():
+    """Every recipe as a smoke run, in a temporary folder; prints the seconds of each."""
+    for recipe in RECIPES:
+        if recipe.name == "scale.sh":
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            where = dict(DATASETS=f"{folder}/datasets", RUNS=f"{folder}/runs")
+            began = time.time()
+            code = subprocess.run(["bash", str(recipe)], cwd=HERE,
+                                  env=os.environ | {"MINUTES_SCALE": "0.01"} | where).returncode
+            print(f"== {recipe.name}: exit {code}, {time.time() - began:.0f} s", flush=True)
+            if code:
+                sys.exit(1)
+
+
+def fix_links():
+    """Set the line numbers of the pages' links to lines anew."""
+    for page, link, right in list(linked_lines()):
+        page.write_text(page.read_text().replace(link, right))
+
+
+if __name__ == "__main__":
+    {"--recipes": run_recipes, "--links": fix_links}[sys.argv[1]]()
