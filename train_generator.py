@@ -279,7 +279,7 @@ class Stage2WithCritic(Stage2):
 
 
 def make_encoder(config):
-    """The encoder of what the generator is to know; None where it knows nothing."""
+    """The encoder of the ECG or the text; None for a generator of video alone."""
     if config.condition != "text":
         return load_encoder(config.weights, config.condition)
     if config.init_from and Path(config.init_from, "text_encoder.pt").exists():
@@ -431,8 +431,8 @@ def evaluate(model, tokenizer, data, config, *, device, rank, world, items=64):
             # As in sampling, but without a fade, and always with an anchor.
             given = reencode_prefix(tokenizer, tokens, num_prefix)
             anchor = random_anchor(u["anchor"], anchor_tokens, num_prefix, p=1)
-            for ecg, told in zip(ecgs, (batch, with_wrong_ecg(batch))):
-                loss = model.token_loss(given, masked, anchor=anchor, **known_of(told))
+            for ecg, shown in zip(ecgs, (batch, with_wrong_ecg(batch))):
+                loss = model.token_loss(given, masked, anchor=anchor, **known_of(shown))
                 sums[f"val_{name}_{ecg}"] += masked_mean(loss, masked).item() / num_batches
     return all_mean(sums, device)
 
