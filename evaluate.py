@@ -284,6 +284,15 @@ def whole_video(chunks):
     return torch.cat([chunk.cpu() for chunk in chunks], dim=2)
 
 
+def check_rate(config, tokenizer, encoder, fps):
+    """UserError where a window of frames at fps lasts longer than the ECG that the encoder sees."""
+    window = tokenizer.config.frames / fps
+    span = encoder.config.samples / ECG_HZ
+    if window > span:
+        raise UserError(f"{config.data}: a window lasts {window:.4g} s at {fps:g} frames a second, "
+                        f"the ECG encoder sees {span:g} s")
+
+
 def decode_again(tokenizer, video):
     """video (B, C, T, H, W) encoded and decoded by windows: yields chunks (B, C, n, H, W)."""
     window = tokenizer.config.frames
@@ -369,7 +378,11 @@ def generate_batches(config, device, clips, conditions, allowed=("ecg", "text"))
     if by_ecg:
         encoder = models[1]
         picked = pick_leads(clips, config.leads)
-    for k, group in enumerate(tqdm(list(group_clips(clips, config)), desc="batches")):
+    groups = list(group_clips(clips, config))
+    for fps, *_ in groups:
+        if by_ecg:
+            check_rate(config, models[0], encoder, fps)
+    for k, group in enumerate(tqdm(groups, desc="batches")):
         fps, frames, numbers, donors = group
         inputs = read_inputs(clips, group, encoder, picked)
         true = [as_video(clips.per_frame("video", i, 0, frames)) for i in numbers]
@@ -525,6 +538,7 @@ def draw_figure(config, device):
     clips = Clips(config.data, config.split)
     i = choose_clips(clips, 1, config.seed)[0]
     fps = clips[i]["fps"]
+    check_rate(config, models[0], models[1], fps)
     frames = min(clips[i]["frames"], config.frames)
     # The clip itself is the first row, its first frame the start of all others.
     true = as_video(clips.per_frame("video", i, 0, frames))[None]                   # 1 C T H W

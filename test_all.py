@@ -1192,6 +1192,7 @@ def test_ecg_window_covers_the_frames(weights, tmp_path):
     """A training on windows longer than the ECG that the encoder sees."""
     run("-m", "sources.phantom", f"--out={tmp_path / 'slow'}", "--clips=2", "--val=2", "--test=1", "--frames=12", "--fps=4")
     refused("2.75 s", call, train_generator.main, *train_flags("generator", tmp_path / "slow", weights, tmp_path / "out"))
+    refused("2.75 s", call, evaluate.main, "ef", f"--data={tmp_path / 'slow'}", f"--weights={weights}", f"--out={tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
 
 
