@@ -1174,8 +1174,14 @@ def test_bad_settings_are_one_line(phantom, weights, tmp_path):
                     "--log_every=0"):
             refused(bad.partition("=")[0], call, TRAINERS[stage].main, *train_flags(stage, phantom, weights, out), bad)
     generator_flags = train_flags("generator", phantom, weights, out)
+    other = tmp_path / "other"                                  # a tokenizer of another grid
+    call(train_tokenizer.main, *train_flags("tokenizer", phantom, "", other), "--steps=1", "--patch=16")
+    shutil.copy(weights / "ecg_encoder.pt", other)
     for bad in ("--p_hide=2", "--leads=I,XX", "--hide_share=0.2", "--bits=14"):
         refused(bad.partition("=")[0], call, train_generator.main, *generator_flags, bad)
+    refused("is for grid=8, its tokenizer or encoder has 4", call, train_generator.main,
+            *train_flags("generator", phantom, other, out), f"--init_from={weights}")
+    refused("--width", call, lv_segmenter.main, f"--data={phantom}", f"--out={out}", "--width=12")
     refused("has no ECG", call, train_generator.main, *generator_flags, "--condition=none", "--leads=I")
     refused("--samples", call, ecg_encoder.main, *train_flags("ecg_encoder", phantom, weights, out), "--samples=100")
     refused("--fps=0", call, sample.main, f"--weights={weights}", f"--out={out}", "--fps=0")
@@ -1319,6 +1325,11 @@ def config_of(module):
         if name in named:
             return named[name], presets
     return list(named.values())[-1], presets
+
+
+def test_documented_commands_are_found():
+    """A pattern that finds none of the commands, so that the next test could not fail."""
+    assert sum(len(list(documented_commands(path))) for path in [*PAGES, *RECIPES]) >= 100
 
 
 @pytest.mark.parametrize("path", [*PAGES, *RECIPES], ids=lambda path: path.relative_to(HERE).as_posix())

@@ -71,7 +71,7 @@ class TrainConfig(GeneratorSettings):
     p_recorder_filter: float = 0.40  # share whose ECG is filtered as by another recorder
     p_hide: float = 0.20            # share with a span of the ECG hidden
     p_anchor: float = 0.90          # share of the clips with a prefix that also see an anchor
-    p_fade: float = 0.50            # share of prefixes whose brightness is changed, unlike the anchor's
+    p_fade: float = 0.50            # share of prefixes of changed brightness; the anchor keeps its own
     freeze_encoder: bool = False    # leave the ECG encoder as it is
     critic_weight: float = 1.0      # Eq. 10, where there is a --critic
     bf16: bool = True               # autocast to bfloat16, on a GPU or a CPU that is fast in it
@@ -291,13 +291,15 @@ def make_encoder(config):
     return TextEncoder(TextConfig(config.text_encoder, width))
 
 
-def start_from(folder, shape):
+def start_from(folder, shape, tokenizer, encoder):
     """The generator of a folder, which must have the sizes of `shape`. A new critic starts anew."""
     old = load_weights(folder, "generator", Generator, GeneratorConfig)
+    check_fits(old.config, tokenizer, encoder)
     # A training may add a critic, or go on from ECGs to text.
     free = {key: getattr(old.config, key) for key in ("critic", "critic_depth", "condition")}
     if shape.condition == "none":
-        free["ecg_dim"] = shape.ecg_dim = old.config.ecg_dim    # nothing is encoded: any width fits
+        # Nothing is encoded, so the width of Z is that of the old weights, whatever it was.
+        shape = replace(shape, ecg_dim=old.config.ecg_dim)
     check_same(f"{folder}/generator.pt", old.config, replace(shape, **free))
     model = Generator(shape)
     # strict=False: the old weights know nothing of a critic that is new.
@@ -488,10 +490,9 @@ def main():
     # ---- model
     shape = fit_config(config, tokenizer, encoder)
     if config.init_from:
-        model = start_from(config.init_from, shape)
+        model = start_from(config.init_from, shape, tokenizer, encoder)
     else:
         model = Generator(shape)
-    check_fits(model.config, tokenizer, encoder)
     stage = Stage2 if config.critic == "none" else Stage2WithCritic
     raw = stage(encoder, model).to(device)
     if config.freeze_encoder and encoder is not None:

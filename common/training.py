@@ -44,6 +44,8 @@ def check_training(config):
     # A head has an even number of channels, which the rotary embedding turns in pairs.
     if hasattr(config, "heads") and config.dim % (2 * config.heads):
         raise UserError(f"--dim={config.dim}: must be a multiple of twice --heads={config.heads}")
+    if hasattr(config, "width") and config.width % 8:
+        raise UserError(f"--width={config.width}: must be a multiple of 8, the groups of GroupNorm")
     if hasattr(config, "samples") and config.samples % config.patch:
         raise UserError(f"--samples={config.samples}: must be a multiple of --patch={config.patch}")
 
