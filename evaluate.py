@@ -69,7 +69,7 @@ class EvalConfig(DecodingConfig):
     leads: str = ""                 # leads of the set by name, such as II or I,V2; empty = all
     ecg: str = ""                   # figure: a recording for the last row of the PNG
     ecg_hz: float = 0               # its samples a second, where the file does not say
-    ecg_leads: str = ""             # its leads, such as II or I,V2, where the file does not say
+    ecg_leads: str = ""             # its leads, such as II or I,V2; they win over the file's
     inception: str = ""             # generation: NVIDIA's TorchScript detector for FID and KID
     i3d: str = ""                   # the same for FVD
     vgg: str = ""                   # the same for LPIPS
@@ -308,6 +308,8 @@ class Inputs(NamedTuple):
     """What a batch of clips gives the generator."""
     own: np.ndarray     # (B, L, N) the clips' own ECGs, cleaned
     other: np.ndarray   # (B, L, N) those of their donors
+    own_disturbed: np.ndarray       # (B, N) bool: what the model must not see of the own ones
+    other_disturbed: np.ndarray     # (B, N) bool: and of the donors'
     leads: list         # L indices into LEADS
     margin: float       # seconds of ECG before the first frame and after the last
     text: list | None   # B lines, for a text generator
@@ -322,13 +324,36 @@ def read_inputs(clips, group, encoder, picked):
     # A text generator has no ECG. A blank one gives stream_video the batch size.
     if encoder is None:
         blank = np.zeros((len(numbers), 1, 1))
-        return Inputs(blank, blank, [], 0, [clips[i]["text"] for i in numbers])
+        none = blank[:, 0] > 0
+        return Inputs(blank, blank, none, none, [], 0, [clips[i]["text"] for i in numbers])
     leads = [LEADS.index(clips.leads[k]) for k in picked]
     margin = ecg_margin(encoder)
     end = frames / fps + margin
-    own = aligned_ecg(clips, numbers, picked, -margin, end)
-    other = aligned_ecg(clips, donors, picked, -margin, end)
-    return Inputs(own, other, leads, margin, None)
+    own, own_disturbed = aligned_ecg(clips, numbers, picked, -margin, end)
+    other, other_disturbed = aligned_ecg(clips, donors, picked, -margin, end)
+    return Inputs(own, other, own_disturbed, other_disturbed, leads, margin, None)
+
+
+def whole_videos(*models, ecg, disturbed, hidden, text, first, **arguments):
+    """Whole videos (B, C, T, H, W) of B clips, each with its disturbed ECG (B, N) hidden.
+
+    hidden (N,) bool is hidden of all clips. One call of stream_video hides the same samples of all
+    its clips. So clips without a disturbance are generated together, and each other one alone.
+    """
+    alone = disturbed.any(1)
+    groups = [[b] for b in np.flatnonzero(alone)]
+    if not alone.all():
+        groups.append(np.flatnonzero(~alone).tolist())
+    videos = {}
+    for rows in groups:
+        if text is not None:
+            arguments["text"] = [text[b] for b in rows]
+        if first is not None:
+            arguments["first"] = first[rows]
+        chunks = stream_video(*models, ecg=ecg[rows], hidden=hidden | disturbed[rows[0]],
+                              **arguments)
+        videos |= zip(rows, whole_video(chunks))
+    return torch.stack([videos[b] for b in range(len(ecg))])
 
 
 def generate_conditions(config, models, inputs, true, *, fps, seed, conditions):
@@ -342,6 +367,7 @@ def generate_conditions(config, models, inputs, true, *, fps, seed, conditions):
     instants = np.arange(inputs.own.shape[-1]) / ECG_HZ - inputs.margin             # N
     # What each condition changes. Under "own", and where a table lacks a name, nothing is changed.
     ecg = {"flat": np.zeros_like(inputs.own), "swapped": inputs.other}
+    disturbed = {"flat": np.zeros_like(inputs.own_disturbed), "swapped": inputs.other_disturbed}
     start = {"shifted": SHIFT_S - inputs.margin}
     hidden = {"hidden": in_middle(instants, frames / fps)}
     seeds = {"again": seed + 1000}
@@ -350,14 +376,14 @@ def generate_conditions(config, models, inputs, true, *, fps, seed, conditions):
     videos = {}
     for name in conditions:
         if name == "decoded":
-            chunks = decode_again(tokenizer, true.to(device))
-        else:
-            chunks = stream_video(
-                *models, ecg=ecg.get(name, inputs.own), leads=inputs.leads,
-                ecg_start=start.get(name, -inputs.margin), hidden=hidden.get(name),
-                text=inputs.text, frames=frames, fps=fps, first=first,
-                seed=seeds.get(name, seed), decoding=config)
-        videos[name] = whole_video(chunks)
+            videos[name] = whole_video(decode_again(tokenizer, true.to(device)))
+            continue
+        videos[name] = whole_videos(
+            *models, ecg=ecg.get(name, inputs.own), leads=inputs.leads,
+            disturbed=disturbed.get(name, inputs.own_disturbed),
+            hidden=hidden.get(name, np.zeros(len(instants), bool)),
+            ecg_start=start.get(name, -inputs.margin), text=inputs.text, first=first,
+            frames=frames, fps=fps, seed=seeds.get(name, seed), decoding=config)
     return videos
 
 
@@ -551,9 +577,9 @@ def draw_figure(config, device):
         chunks = [true]
         if title != TRUE:
             leads = [LEADS.index(name) for name in trace.leads]
-            chunks = stream_video(*models, ecg=trace.ecg[None], leads=leads, ecg_start=trace.start,
-                                  frames=frames, fps=fps, first=first, seed=config.seed,
-                                  decoding=config)
+            chunks = stream_video(*models, ecg=trace.ecg[None], hidden=trace.disturbed,
+                                  leads=leads, ecg_start=trace.start, frames=frames, fps=fps,
+                                  first=first, seed=config.seed, decoding=config)
         videos[title] = whole_video(chunks)[0]                                      # C T H W
 
     out = Path(config.out)

@@ -32,7 +32,7 @@ from common.flags import UserError, parse_flags, run_main
 from common.picture import draw_strip, gif_frame, load_image, strip_curve
 from common.training import model_config
 from data.dataset import ECG_HZ, LEADS
-from data.ecg_signal import clean_ecg, extend_periodic, find_r_peaks
+from data.ecg_signal import clean_ecg, extend_periodic, find_disturbed, find_r_peaks
 from generator import DecodingConfig, check_decoding, load_models, stream_video
 
 STRIP_HEIGHT = 64       # pixels of the ECG strip under the echo
@@ -44,7 +44,7 @@ class SampleConfig(DecodingConfig):
     """Settings of a sampling; each is a flag."""
     ecg: str = ""               # ECG file; flat = no heart beat; empty = a built-in ECG, by --seed
     ecg_hz: float = 0           # sampling rate of an ECG file that does not say
-    ecg_leads: str = ""         # its leads, such as II or I,V2, where it does not say
+    ecg_leads: str = ""         # its leads, such as II or I,V2; they win over the names in the file
     text: str = ""              # what to show, for a generator that was trained with text
     image: str = ""             # first frame: PNG, JPG, GIF or .npy
     frames: int = 64            # length of the video
@@ -64,6 +64,7 @@ class Trace(NamedTuple):
     """The ECG of one video, from before its first frame to after its last one."""
     raw: np.ndarray             # (L, N) mV at 250 Hz
     clean: np.ndarray           # (L, N), as the model sees it
+    disturbed: np.ndarray       # (N,) bool: gaps and artefacts, which the model must not see
     leads: list                 # names of the L leads
     start: float                # time of sample 0, seconds of the video
     r_peaks: np.ndarray         # (beats,) seconds of the video
@@ -106,7 +107,14 @@ def load_trace(config, margin, seed):
 
     # Shifting moves the times of the samples, not the samples.
     start = first / ECG_HZ + shift
-    return Trace(ecg, clean_ecg(ecg), leads, start, start + find_r_peaks(ecg))
+    disturbed = find_disturbed(ecg)
+    times = start + np.arange(samples) / ECG_HZ
+    in_video = disturbed[(times >= 0) & (times < seconds)]
+    if in_video.any():
+        print(f"{config.ecg}: {in_video.sum() / ECG_HZ:.2f} s of the ECG are a gap or disturbed, "
+              "and hidden from the model", file=sys.stderr)
+    return Trace(raw=ecg, clean=clean_ecg(ecg), disturbed=disturbed, leads=leads, start=start,
+                 r_peaks=start + find_r_peaks(ecg))
 
 
 def parse_hide(text):
@@ -121,6 +129,13 @@ def parse_hide(text):
     if not start < end:
         raise UserError(f"--hide={text}: two seconds of the video, the first before the second")
     return start, end
+
+
+def hidden_samples(config, trace):
+    """Which samples (N,) of a Trace the model must not see: those of --hide and the disturbed."""
+    begin, end = parse_hide(config.hide)
+    times = trace.start + np.arange(len(trace.disturbed)) / ECG_HZ
+    return trace.disturbed | ((times >= begin) & (times < end))
 
 
 def check_flags(config, tokenizer, generator, span):
@@ -303,9 +318,7 @@ def make_video(config, models, segmenter, trace, *, first, seed, path, dataset):
     by_ecg = generator.config.condition == "ecg"
 
     # ---- 1. the part of the ECG that the model must not know
-    begin, end = parse_hide(config.hide)
-    times = trace.start + np.arange(trace.clean.shape[1]) / ECG_HZ
-    hidden = (times >= begin) & (times < end)
+    hidden = hidden_samples(config, trace)
 
     # ---- 2. sample, window by window, and write
     #         Nothing runs yet: each window is sampled when the loop asks for it.

@@ -37,7 +37,7 @@ from common.text_encoder import TextConfig, TextEncoder
 from common.training import (Log, all_mean, bfloat16, check_training, ema_update, init_distributed,
                              optimizer_step, schedule)
 from data.dataset import Clips, RandomWindows, batches, random_view
-from data.ecg_signal import augment_recorder_filter, clean_ecg
+from data.ecg_signal import augment_recorder_filter, clean_ecg, find_disturbed
 from generator import (Generator, GeneratorConfig, GeneratorSettings, build_condition, check_fits,
                        cosine_schedule, fit_config, load_encoder)
 from tokenizer import Tokenizer, TokenizerConfig, parameter_count
@@ -350,7 +350,11 @@ def critic_loss(logits, fake, free):
 def known_of(batch):
     """What a batch of the loader says of the ECG or text, as build_condition takes it."""
     names = "fps", "ecg", "leads", "ecg_start", "anchor_ecg", "text"
-    return {name: batch[name] for name in names if name in batch}
+    known = {name: batch[name] for name in names if name in batch}
+    if "ecg" in batch:
+        # What is disturbed is under the ECG mask, in training as in sampling.
+        known["ecg_hidden"] = batch["ecg_disturbed"]
+    return known
 
 
 def batch_loss(config, model, tokenizer, batch, samples):
@@ -365,8 +369,9 @@ def batch_loss(config, model, tokenizer, batch, samples):
     tokens = reencode_prefix(tokenizer, tokens, choices.num_prefix, choices.fade)
 
     # 3. The loss of the masked tokens.
-    known = known_of(batch) | dict(anchor=choices.anchor, drop=choices.drop,
-                                   ecg_hidden=choices.ecg_hidden)
+    known = known_of(batch) | dict(anchor=choices.anchor, drop=choices.drop)
+    if "ecg" in batch:
+        known["ecg_hidden"] = choices.ecg_hidden | batch["ecg_disturbed"]
     log = {"masked": masked.float().mean()}
     if config.critic == "none":
         loss = masked_mean(model(tokens, masked, **known), masked)
@@ -399,7 +404,7 @@ def with_wrong_ecg(batch):
     """The same clips, each with the ECG (or text) of the clip before it."""
     # Only the ECG's own entries move; video, tokens and masks stay.
     wrong = dict(batch)
-    for name in ("ecg", "ecg_start", "anchor_ecg"):
+    for name in ("ecg", "ecg_start", "ecg_disturbed", "anchor_ecg"):
         if name in wrong:
             wrong[name] = wrong[name].roll(1, 0)
     if "text" in wrong:
@@ -456,10 +461,10 @@ def make_data(config, split, *, tokenizer, samples, group, is_train):
         p_drop_phrase = None
     return RandomWindows(
         Clips(config.data, split), tokenizer.config.frames, ecg_samples=samples, clean=clean_ecg,
-        group=group, seed=config.seed, uniforms=sum(uniform_sizes(num_tokens).values()),
-        leads=config.leads, augment_ecg=augment_ecg, augment_video=augment_video,
-        channels=tokenizer.config.channels, p_drop_phrase=p_drop_phrase,
-        anchor_seconds=(config.ecg_before, config.ecg_after))
+        find_disturbed=find_disturbed, group=group, seed=config.seed,
+        uniforms=sum(uniform_sizes(num_tokens).values()), leads=config.leads,
+        augment_ecg=augment_ecg, augment_video=augment_video, channels=tokenizer.config.channels,
+        p_drop_phrase=p_drop_phrase, anchor_seconds=(config.ecg_before, config.ecg_after))
 
 
 def main():

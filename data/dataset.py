@@ -316,6 +316,7 @@ class RandomWindows(Dataset):
         ecg (L, ecg_samples)     cleaned, centred on the window
         leads (L,)               indices into LEADS
         ecg_start                seconds of ECG sample 0 after the window's first frame
+        ecg_disturbed (ecg_samples,)    True = the model must not see it, if there is find_disturbed
     with anchor_seconds:
         anchor (C, 1, H, W)      any frame of the clip
         anchor_ecg (L, samples)  the ECG around that frame, if ecg_samples > 0
@@ -328,6 +329,7 @@ class RandomWindows(Dataset):
     _: KW_ONLY
     ecg_samples: int = 0                    # samples of a window's ECG; 0 = items without an ECG
     clean: Callable | None = None           # clean(ecg in mV) -> ecg as the model reads it
+    find_disturbed: Callable | None = None  # find_disturbed(ecg in mV) -> bool (N,)
     group: int = 1                          # items of a step's batch over all processes
     seed: int = 0
     uniforms: int = 0                       # how many uniform numbers an item has
@@ -427,7 +429,8 @@ class RandomWindows(Dataset):
         leads = self.fixed_leads
         if leads is None:
             leads = self.random_leads(n)
-        ecg = self.clean(self.clips.ecg(window.clip, leads))                               # L N
+        raw = self.clips.ecg(window.clip, leads)
+        ecg = self.clean(raw)                                                              # L N
         if self.augment_ecg:
             ecg = self.augment_ecg(ecg, rng)
 
@@ -441,6 +444,12 @@ class RandomWindows(Dataset):
             "leads": torch.tensor([LEADS.index(self.clips.leads[k]) for k in leads]),
             "ecg_start": offset + first / ECG_HZ - window.start / fps,
         }
+        if self.find_disturbed:
+            disturbed = self.find_disturbed(raw)                                           # N
+            in_window = crop_or_pad(disturbed, first, self.ecg_samples) > 0
+            items["ecg_disturbed"] = torch.from_numpy(in_window)
+            # The ECG of the anchor has no mask: it is zero there, as in sampling.
+            ecg = ecg * ~disturbed
         if window.anchor is not None:
             before, after = self.anchor_seconds
             first = round((window.anchor / fps - before - offset) * ECG_HZ)

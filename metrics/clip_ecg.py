@@ -5,7 +5,7 @@ import numpy as np
 
 from common.flags import UserError
 from data.dataset import ECG_HZ, crop_or_pad
-from data.ecg_signal import clean_ecg, find_r_peaks
+from data.ecg_signal import clean_ecg, find_disturbed, find_r_peaks
 
 
 def r_peaks_of(clips, i):
@@ -26,11 +26,16 @@ def pick_leads(clips, names):
 
 
 def aligned_ecg(clips, numbers, leads, start, end):
-    """Cleaned ECGs (B, L, N), from `start` to `end` seconds after the first frame of each clip."""
+    """ECGs from `start` to `end` seconds after the first frame of each clip.
+
+    -> cleaned (B, L, N); what the model must not see of them, bool (B, N).
+    """
     samples = round((end - start) * ECG_HZ)
     ecgs = []
+    disturbed = []
     for i in numbers:
-        ecg = clean_ecg(clips.ecg(i, leads))                                        # L n
+        raw = clips.ecg(i, leads)                                                   # L n
         first = round((start - clips[i]["ecg_offset_s"]) * ECG_HZ)
-        ecgs.append(crop_or_pad(ecg, first, samples))
-    return np.stack(ecgs)
+        ecgs.append(crop_or_pad(clean_ecg(raw), first, samples))
+        disturbed.append(crop_or_pad(find_disturbed(raw), first, samples) > 0)
+    return np.stack(ecgs), np.stack(disturbed)

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from common.picture import draw_strip, film, strip_curve
 from data.dataset import ECG_HZ, choose_clips
 from data.ecg_files import read_ecg
-from data.ecg_signal import clean_ecg, extend_periodic, find_r_peaks
+from data.ecg_signal import clean_ecg, extend_periodic, find_disturbed, find_r_peaks
 from metrics.clip_ecg import aligned_ecg, pick_leads
 from metrics.synchrony import SHIFT_S
 
@@ -36,16 +36,18 @@ GIF_TITLES = {TRUE: "true video", OWN_ECG: "generated: its ECG",
 
 class Trace(NamedTuple):
     """An ECG under which a video is generated."""
-    ecg: np.ndarray     # (L, N), cleaned
-    leads: list         # names of its leads
-    start: float        # time of its sample 0, seconds after the first frame
+    ecg: np.ndarray         # (L, N), cleaned
+    disturbed: np.ndarray   # (N,) bool: what the model must not see
+    leads: list             # names of its leads
+    start: float            # time of its sample 0, seconds after the first frame
 
     def strip(self, now, seconds, width):
         """Its lead II, or first lead, with a cursor at `now` seconds: uint8 (STRIP, width, 3)."""
         lead = self.ecg[self.leads.index("II") if "II" in self.leads else 0]
         instants = self.start + np.arange(len(lead)) / ECG_HZ
         r_peaks = self.start + find_r_peaks(self.ecg)
-        curve = strip_curve(lead, STRIP)
+        # As the model sees it: flat where it is hidden.
+        curve = strip_curve(np.where(self.disturbed, 0, lead), STRIP)
         return draw_strip(now, seconds, instants, curve, r_peaks, STRIP, width)
 
 
@@ -55,24 +57,25 @@ def figure_traces(config, clips, i, *, seconds, margin):
     leads = [clips.leads[k] for k in picked]
     # A window at an end of the video sees the ECG beyond it: hence the margin on both sides.
     span = dict(leads=picked, start=-margin, end=seconds + margin)
-    own = aligned_ecg(clips, [i], **span)[0]
+    (own,), (disturbed,) = aligned_ecg(clips, [i], **span)
     traces = {
-        TRUE: Trace(own, leads, -margin),
-        OWN_ECG: Trace(own, leads, -margin),
-        FLAT: Trace(0 * own, leads, -margin),
-        LATER: Trace(own, leads, SHIFT_S - margin),
+        TRUE: Trace(own, disturbed, leads, -margin),
+        OWN_ECG: Trace(own, disturbed, leads, -margin),
+        FLAT: Trace(0 * own, np.zeros_like(disturbed), leads, -margin),
+        LATER: Trace(own, disturbed, leads, SHIFT_S - margin),
     }
     # A recording of one's own has no true video. It is repeated where it is too short.
     if config.ecg:
         names = config.ecg_leads.split(",") if config.ecg_leads else ()
         ecg, names = read_ecg(config.ecg, config.ecg_hz, names)
         samples = round((seconds + 2 * margin) * ECG_HZ)
-        ecg = clean_ecg(extend_periodic(ecg, -round(margin * ECG_HZ), samples))
-        traces[Path(config.ecg).stem] = Trace(ecg, names, -margin)
+        ecg = extend_periodic(ecg, -round(margin * ECG_HZ), samples)
+        traces[Path(config.ecg).stem] = Trace(clean_ecg(ecg), find_disturbed(ecg), names, -margin)
     # The next clip that the seed would choose lends its ECG to the last echo of the GIF.
     donors = [k for k in choose_clips(clips, 2, config.seed) if k != i]
     if donors:
-        traces[DONOR] = Trace(aligned_ecg(clips, donors, **span)[0], leads, -margin)
+        (other,), (disturbed,) = aligned_ecg(clips, donors, **span)
+        traces[DONOR] = Trace(other, disturbed, leads, -margin)
     return traces
 
 
