@@ -14,10 +14,6 @@ def read_video(path, size, channels, fps=0, frames=0):
     The middle square of the picture, scaled. fps: resampled to that rate; frames: at most so many.
     0 = as the file has them.
     """
-    import imageio_ffmpeg
-    # It warns of every video that is scaled.
-    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)
-
     # The shorter side becomes `size`, then the middle is cut out.
     filters = [f"scale={size}:{size}:force_original_aspect_ratio=increase:flags=area",
                f"crop={size}:{size}"]
@@ -28,15 +24,31 @@ def read_video(path, size, channels, fps=0, frames=0):
     if frames:
         options += ["-frames:v", str(frames)]
 
+    data, about = run_ffmpeg(path, channels, options)
+    return data.reshape(-1, size, size, channels), fps or about["fps"]
+
+
+def read_frames(path):
+    """A video file -> frames (T, H, W, 3) uint8 as they are stored, and frames per second; else
+    UserError."""
+    data, about = run_ffmpeg(path, 3, ["-fps_mode", "passthrough"])
+    width, height = about["size"]
+    return data.reshape(-1, height, width, 3), about["fps"]
+
+
+def run_ffmpeg(path, channels, options):
+    """The pixels of a video file (bytes of all frames,) uint8, and what ffmpeg says of it."""
+    import imageio_ffmpeg
+    # It warns of every video that is scaled.
+    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)
     pixels = {1: "gray", 3: "rgb24"}[channels]
     stream = imageio_ffmpeg.read_frames(str(path), pixels, channels, None, options)
     try:
         if not path.stat().st_size:
             raise ValueError("the file is empty")
         about = next(stream)
-        video = np.frombuffer(b"".join(stream), np.uint8).reshape(-1, size, size, channels)
+        return np.frombuffer(b"".join(stream), np.uint8), about
     except Exception as error:
         # ffmpeg fails in many ways; its last line says why
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{path}: not read as a video: {reason}") from None
-    return video, fps or about["fps"]

@@ -3,11 +3,17 @@
     python -m sources.video_ecg_folder --src=FOLDER --out=datasets/NAME --size=112 --seed=0
     python -m sources.video_ecg_folder --src=FOLDER --csv=labels.csv --ecg_hz=500 --ecg_leads=II \\
         --out=datasets/NAME
+    python -m sources.video_ecg_folder --src=FOLDER --ecg=screen --out=datasets/NAME
 
-NAME.mp4 (or any other kind of video) belongs to NAME.csv (or .txt, .npy, .hea, .dcm: see
-data/ecg_files.py). The labels in --csv have one row a video: its name without the suffix, and any
+NAME.mp4 (or any other kind of video) belongs to NAME.csv (or .txt, .npy, .hea, .dcm,
+.xml ...: see data/ecg_files.py). The labels in --csv have one row a video: its name without the suffix, and any
 of ecg_offset_s (when the ECG begins, in seconds after the first frame), ef, edv_ml, esv_ml, view,
 text, fps, patient, split. No patient is in two splits.
+
+With --ecg=screen the videos are recordings of an ultrasound machine's screen. Where no ECG file is
+beside a video, its ECG is read off the strip that the machine drew (data/screen_ecg.py). The picture
+is then the sector alone, and the rows of the strip are black: else a model could read the ECG off
+the picture.
 """
 import csv
 import os
@@ -18,11 +24,15 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from common.flags import UserError, parse_flags, run_main
 from data.dataset import ECG_HZ, LEADS
-from data.ecg_files import READERS, read_ecg
-from data.video_files import VIDEO_KINDS, read_video
+from data.ecg_files import READERS, read_ecg, refuse
+from data.screen_ecg import erase_strip, read_screen_ecg
+from data.video_files import VIDEO_KINDS, read_frames, read_video
 from data.writer import draw_split, prepare
+from sources.dicom_cines import cover_cine, cut_square, find_sector
 
 
 @dataclass
@@ -31,10 +41,11 @@ class VideoEcgFolderConfig:
     src: str = ""               # folder of the videos and ECGs, searched with the folders in it
     csv: str = ""               # csv of offsets and labels; empty = the ECGs begin with the videos
     out: str = "datasets/paired"  # folder to write
+    ecg: str = "file"           # file: beside the video; screen: or else off the picture of the video
     size: int = 112             # height and width in pixels
     channels: int = 1           # 1 = grey, 3 = colour
     ecg_hz: float = 0           # sampling rate of ECG files that do not say
-    ecg_leads: str = ""         # their leads, such as II or I,V2, where they do not say
+    ecg_leads: str = ""         # their leads, such as II or I,V2; they win over the names in the files
     leads: str = ""             # of the set, a clip without one is left out; empty = the first ECG's
     least: int = 11             # a video with fewer frames is left out
     val: float = 0.1            # share of the patients in the val split
@@ -78,7 +89,12 @@ def find_pairs(src):
     if not src.is_dir():
         raise UserError(f"--src={src}: a folder with videos and ECGs is needed")
     files = [path for path in sorted(src.rglob("*")) if path.is_file()]
-    ecgs = {path.with_suffix(""): path for path in files if path.suffix.lower() in READERS}
+    # Of several files of one name the kind that stands first in READERS counts.
+    ecgs = {}
+    for kind in READERS:
+        for path in files:
+            if path.suffix.lower() == kind:
+                ecgs.setdefault(path.with_suffix(""), path)
     pairs = {}
     for video in files:
         if video.suffix.lower() not in VIDEO_KINDS:
@@ -99,6 +115,9 @@ def read_file_ecg(path, config):
 
 def first_leads(config):
     """Leads of the first ECG that can be read; UserError where none can."""
+    if config.ecg == "screen":
+        # Machines show lead II, if nothing else is chosen
+        return (config.ecg_leads or "II").split(",")
     reason = f"--src={config.src}: no video has an ECG beside it"
     for _, _, ecg in find_pairs(config.src):
         if ecg is None:
@@ -154,31 +173,62 @@ def make_clip(job, config):
     """
     name, path, ecg_path, row = job
     labels = check_labels(name, row)
-
-    # 1. The leads of the set, out of those of the file
-    if ecg_path is None:
-        raise UserError(f"{path}: no ECG beside it ({' '.join(READERS)})")
-    leads = config.leads.split(",")
-    ecg, has = read_file_ecg(ecg_path, config)                          # L N
-    missing = [lead for lead in leads if lead not in has]
-    if missing:
-        raise UserError(f"{ecg_path}: no lead {' '.join(missing)}")
-    ecg = ecg[[has.index(lead) for lead in leads]].T                    # N L
-
-    # 2. The video; a rate in the csv wins over the file's
-    video, fps = read_video(path, config.size, config.channels)         # T H W C
-    fps = labels.pop("fps", fps)
-    if len(video) < config.least:
-        raise UserError(f"{path}: {len(video)} frames, --least={config.least}")
-
-    # 3. The ECG must cover the video
     start = labels.pop("ecg_offset_s", 0.0)
-    end = start + len(ecg) / ECG_HZ
+
+    # 1. The video; a rate in the csv wins over the file's
+    screen = None
+    if config.ecg == "screen":
+        video, fps, screen = read_screen_video(path, config, labels.pop("fps", 0))
+    else:
+        refuse(ecg_path is None, path, f"no ECG beside it ({' '.join(READERS)})")
+        video, fps = read_video(path, config.size, config.channels)     # T H W C
+        fps = labels.pop("fps", fps)
+    refuse(len(video) < config.least, path, f"{len(video)} frames, --least={config.least}")
     seconds = len(video) / fps
+
+    # 2. The ECG, with the leads of the set
+    if ecg_path is None:
+        refuse(isinstance(screen, UserError), path, screen)
+        ecg, start = cover_cine(path, screen, seconds)                  # N 1
+    else:
+        ecg = read_set_leads(ecg_path, config)                          # N L
+
+    # 3. It must cover the video
+    end = start + len(ecg) / ECG_HZ
     if start > 0 or end < seconds:
         raise UserError(f"{name}: the ECG lasts from {start:.2f} to {end:.2f} s, "
                         f"the video from 0 to {seconds:.2f} s")
     return dict(id=name, video=video, fps=fps, ecg=ecg, ecg_offset_s=start, **labels)
+
+
+def read_set_leads(path, config):
+    """The leads of the set out of those of an ECG file: (N, L) mV at 250 Hz."""
+    leads = config.leads.split(",")
+    ecg, has = read_file_ecg(path, config)                              # L N
+    missing = [lead for lead in leads if lead not in has]
+    refuse(missing, path, f"no lead {' '.join(missing)}")
+    return ecg[[has.index(lead) for lead in leads]].T
+
+
+def read_screen_video(path, config, fps=0):
+    """A recording of a screen -> the sector without the strip of the ECG (T, size, size, C), frames
+    per second, and the ScreenECG, or the UserError that says why there is none.
+
+    fps: wins over the file's, 0 = the file's.
+    """
+    frames, of_file = read_frames(path)                                 # T H W 3
+    fps = fps or of_file
+    try:
+        screen = read_screen_ecg(frames, np.arange(len(frames)) / fps)
+        frames = erase_strip(frames, screen.strip)
+    except UserError as error:
+        screen = error
+    grey = frames.mean(-1).astype(np.uint8)                             # T H W
+    sector = find_sector(grey)
+    refuse(sector is None, path, "nothing moves in it, no sector is found")
+    if config.channels == 1:
+        frames = grey[..., None]
+    return cut_square(frames, sector, config.size), fps, screen
 
 
 def main():
@@ -187,11 +237,15 @@ def main():
     print(config)
     if config.channels not in (1, 3) or min(config.size, config.least) < 1:
         raise UserError("channels is 1 or 3; size and least are 1 or more")
+    if config.ecg not in ("file", "screen"):
+        raise UserError(f"--ecg={config.ecg}: file or screen")
     jobs = list_jobs(config)
     # make_clip reads the leads of the set from config
     if not config.leads:
         config = replace(config, leads=",".join(first_leads(config)))
     leads = config.leads.split(",")
+    if config.ecg == "screen" and len(leads) != 1:
+        raise UserError(f"--leads={config.leads}: a screen shows one lead")
     if set(leads) - set(LEADS):
         raise UserError(f"--leads={config.leads}: the leads are {' '.join(LEADS)}")
     meta = dict(name=os.path.basename(config.out.rstrip("/")), fps=None,

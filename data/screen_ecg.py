@@ -1,0 +1,181 @@
+"""The ECG that an ultrasound machine draws on the screen, read back from the frames of a cine.
+
+    read_screen_ecg(frames (T, H, W, 3) uint8, times (T,) s) -> ScreenECG, or UserError with one
+    line that says why none is read
+
+Machines draw the ECG in three ways:
+
+    sweep    the trace is written from left to right over the sweep before, with a gap at the
+             writing point
+    cursor   the whole trace stands still, and a line or marker moves along it
+    scroll   the trace moves to the left, and its newest part is at the right edge
+
+In each of them a column of a frame shows a known time of the ECG, once the pace (pixels a second)
+and the place of the writing point, cursor or right edge are known. The steps:
+
+1. data/screen_search.py finds where something moves evenly.
+2. data/screen_fit.py measures pace and place, and averages the strips of all frames into one long
+   strip, each column at its own time.
+3. data/screen_trace.py follows the line with QRS complexes through it.
+4. This file checks the result: the line is in all frames, and its beats are alike.
+
+T frames, H x W pixels, h rows of a band, U columns of the long strip.
+"""
+from typing import NamedTuple
+
+import numpy as np
+from scipy.ndimage import uniform_filter
+
+from common.flags import UserError
+from data.dataset import ECG_HZ
+from data.ecg_signal import find_r_peaks
+from data.screen_fit import fit_cursor, fit_scroll, fit_sweep
+from data.screen_search import find_candidates
+from data.screen_trace import to_signal, trace_ecg
+
+LEAST_FRAMES = 8
+LEAST_SECONDS = 0.7
+MOST_FPS = 30           # of more frames a second, every second or third is looked at
+COLOURED = 60           # difference of the colours of a pixel, of 255, above which it is not grey
+BACKGROUND = 15         # pixels: a line is brighter than the mean over so many
+MARGIN = 70             # rows that are looked at above and below what moves
+LEAST_CONFIDENCE = 0.4
+SURE = 0.9              # a confidence with which the other feature is not looked at
+LEAST_WHOLE = 0.75      # share of the cine for which the trace must be seen
+FIT = dict(sweep=fit_sweep, cursor=fit_cursor, scroll=fit_scroll)
+
+
+class ScreenECG(NamedTuple):
+    """What read_screen_ecg returns."""
+    ecg: np.ndarray         # (N,) float32 at 250 Hz, R peaks are about 1; NaN where it is not known
+    start_s: float          # time of sample 0, seconds after the first frame; may be negative
+    kind: str               # sweep, cursor or scroll
+    confidence: float       # 0 to 1
+    strip: tuple            # (x0, y0, x1, y1) in pixels, x1 and y1 not included
+
+
+def read_screen_ecg(frames, times, regions=()):
+    """The ECG on the screen of a cine; UserError (one line: why not) where none is read surely.
+
+    frames (T, H, W) or (T, H, W, 3) uint8, times (T,) in seconds; regions: boxes (x0, y0, x1, y1)
+    that are not the 2D image, hints of where the strip is.
+    """
+    times = np.asarray(times, float)
+    times = times - times[:1]
+    if len(frames) < LEAST_FRAMES or times[-1] < LEAST_SECONDS:
+        raise UserError(f"no ECG is read off the screen: it takes {LEAST_FRAMES} frames and "
+                        f"{LEAST_SECONDS} s")
+    fps = (len(times) - 1) / times[-1]
+    skip = max(1, int(fps / MOST_FPS + 0.01))
+    reason = "no strip is found"
+    found = []
+    for feature in make_features(frames[::skip]):
+        for candidate in find_candidates(feature, times[::skip], regions):
+            try:
+                found.append(read_candidate(feature, times[::skip], candidate))
+            except UserError as error:
+                reason = error
+        best = max(found, key=lambda screen: screen.confidence, default=None)
+        # The trace may be coloured and its cursor white: then brightness shows both.
+        if best and best.confidence > SURE:
+            return best
+    if not found:
+        raise UserError(f"no ECG is read off the screen: {reason}")
+    return best
+
+
+def erase_strip(frames, strip):
+    """The frames (T, H, W, ...) with the rows of the strip black over the whole width.
+
+    Else a model could read the ECG, and the time within the beat, off the picture.
+    """
+    erased = frames.copy()
+    erased[:, strip[1]:strip[3]] = 0
+    return erased
+
+
+def make_features(frames):
+    """Yield (T, H, W) uint8: how coloured each pixel is, if some are, then how bright."""
+    if frames.ndim == 3:
+        yield frames
+        return
+    red, green, blue = np.moveaxis(frames, -1, 0)
+    brightest = np.maximum(np.maximum(red, green), blue)
+    coloured = brightest - np.minimum(np.minimum(red, green), blue)
+    if (coloured[::4] > COLOURED).mean() > 3e-4:
+        yield coloured
+    yield brightest
+
+
+def read_candidate(feature, times, candidate):
+    """The ScreenECG of a Candidate in feature (T, H, W); UserError where it shows none."""
+    y0 = max(0, candidate.rows[0] - MARGIN)
+    band = feature[:, y0:candidate.rows[1] + MARGIN].astype(np.float32)
+    band -= uniform_filter(band, (1, BACKGROUND, BACKGROUND))
+    band = band.clip(0)                                                 # T h W
+    strip = FIT[candidate.kind](band, times, candidate)
+    trace = trace_ecg(strip.image, strip.pace)
+    check_seen(band, strip.columns, trace.rows)
+    check_whole(strip.tau[np.isfinite(trace.rows)], strip.pace, times[-1])
+    ecg, start = to_signal(trace.rows, strip.tau)
+    ecg = scale_beats(ecg)
+    confidence = min(1.0, trace.crest / 10) * strip.match
+    if confidence < LEAST_CONFIDENCE:
+        raise UserError(f"the ECG is not sure enough ({confidence:.2f})")
+    box = strip.x0, max(0, y0 + trace.y0), strip.x1, min(feature.shape[1], y0 + trace.y1)
+    return ScreenECG(ecg, start, candidate.kind, confidence, box)
+
+
+# ---------------------------------------------------------------------------- checks
+
+def check_seen(band, columns, rows):
+    """UserError where the trace is not in all frames.
+
+    band (T, h, W); columns (T, W): the column of the long strip that each of a frame shows, or -1;
+    rows (U,): the row of the trace in each column of the long strip.
+    """
+    T, h, W = band.shape
+    rows = np.where(np.isfinite(rows), rows, -1).round().astype(int)
+    seen = np.zeros(T)
+    for t in range(T):
+        x = np.flatnonzero((columns[t] >= 0) & (columns[t] < len(rows)))
+        x = x[rows[columns[t, x]] >= 0]
+        row = rows[columns[t, x]]
+        # Speckle is bright, too: the rows of the line against those 10 above
+        line = [band[t, (row + shift).clip(0, h - 1), x] for shift in (-1, 0, 1)]
+        above = [band[t, (row + shift).clip(0, h - 1), x] for shift in (-11, -10, -9)]
+        if len(x):
+            seen[t] = np.max(line, 0).mean() - np.max(above, 0).mean()
+    gone = seen < 0.4 * np.percentile(seen, 80)
+    if gone.mean() > 0.08:
+        raise UserError(f"the trace is in {T - gone.sum()} of {T} frames only")
+
+
+def check_whole(tau, pace, seconds):
+    """UserError where the line, seen at times tau (U,), is broken or lasts too short for the cine."""
+    if len(tau) < LEAST_WHOLE * (tau[-1] - tau[0]) * pace:
+        raise UserError("the line is broken")
+    if ((tau > 0) & (tau < seconds)).sum() < LEAST_WHOLE * seconds * pace:
+        raise UserError("the line is shorter than the cine")
+
+
+def scale_beats(signal):
+    """signal (N,) -> float32 with its R peaks at 1 on the median. UserError where its beats are not
+    alike: then it is something else."""
+    signal = signal - np.nanmedian(signal)
+    filled = np.nan_to_num(signal)
+    peaks = np.round(find_r_peaks(filled[None]) * ECG_HZ).astype(int)
+    if not len(peaks):
+        raise UserError("the trace has no heart beat")
+    reach = round(0.1 * ECG_HZ)
+    beats = [filled[peak - reach:peak + reach + 1] for peak in peaks
+             if reach <= peak < len(filled) - reach]
+    if len(beats) > 1:
+        beats = np.stack(beats)
+        beats -= beats.mean(1, keepdims=True)
+        typical = np.median(beats, 0)
+        norm = np.sqrt((beats ** 2).sum(1) * (typical ** 2).sum())
+        if np.median(beats @ typical / np.maximum(norm, 1e-6)) < 0.85:
+            raise UserError("the waves of the trace are not alike")
+    height = np.abs(np.median(filled[peaks]))
+    return (signal / max(height, 1)).astype(np.float32)
