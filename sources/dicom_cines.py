@@ -1,12 +1,20 @@
-"""Ultrasound cines in DICOM files as a prepared set, with the ECG of their waveform if asked for.
+"""Ultrasound cines in DICOM files as a prepared set, with their ECG if asked for.
 
     python -m sources.dicom_cines --src=FOLDER --out=datasets/NAME --size=112 --seed=0
+    python -m sources.dicom_cines --src=FOLDER --out=datasets/NAME --ecg=screen
     # needs: pip install pydicom
 
 Every file of several frames becomes a clip: the sector is cut out and scaled, and what lies outside
-of it (text, bars, the trace of an ECG, a Doppler spectrum) is black. The times of the frames are the
-header's. No patient is in two splits.
+of it (text, bars, the trace of an ECG, a Doppler spectrum) is black. No patient is in two splits.
+
+The times of the frames are the header's. Where a step is off the median by more than a twentieth,
+the frames are resampled to the file's mean rate, linearly in time.
+
+--ecg=waveform takes the ECG that the file carries. --ecg=screen takes it too, or else the one that
+the machine drew on the screen (data/screen_ecg.py). With either, the rows of the trace are black in
+the pictures: else the model could read the ECG there. Where the ECG is not known it is NaN.
 """
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -17,11 +25,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from scipy.ndimage import binary_closing, binary_opening, gaussian_filter, label
-from scipy.spatial import Delaunay
+from scipy.spatial import ConvexHull
 
 from common.flags import UserError, parse_flags, run_main
-from data.dataset import ECG_HZ
+from data.dataset import ECG_HZ, LEADS
+from data.dicom_pixels import ECG_TRACE, IMAGE_2D, read_cine, read_header
 from data.ecg_files import read_ecg, refuse
+from data.frame_times import even_times, resample_frames
+from data.screen_ecg import erase_strip, read_screen_ecg
 from data.writer import draw_split, prepare
 
 
@@ -33,7 +44,8 @@ class DicomCinesConfig:
     size: int = 112             # height and width in pixels
     channels: int = 1           # 1 = grey, 3 = colour
     least: int = 11             # a cine with fewer frames is left out
-    leads: str = ""             # of the set, such as II: only files whose waveform has them; empty = no ECG
+    ecg: str = ""               # waveform, screen, none; empty = waveform with --leads, else none
+    leads: str = ""             # of the set, such as II (if empty); of a screen: which one it is
     val: float = 0.1            # share of the patients in the val split
     test: float = 0.1           # share in the test split
     seed: int = 0               # of the split
@@ -41,28 +53,63 @@ class DicomCinesConfig:
 
 
 MOVES = 12          # grey levels, of 255, by which a pixel of the sector changes during a cine
+LEAST_SECTOR = 0.01  # share of the picture: what moves on less is a number or a trace, no sector
 
 
-def find_sector(video):
-    """video (T, H, W) uint8 -> (H, W) bool, the convex hull of the largest region in which something
-    moves; None where nothing does.
+# ---------------------------------------------------------------------------- the picture
 
-    Text and scales stand still. The trace of an ECG moves, but it is thin or lies apart.
+def find_sector(video, box=None):
+    """video (T, H, W) uint8 -> (H, W) bool, the convex hull of the largest region in which
+    something moves; None where nothing does.
+
+    box: (x0, y0, x1, y1) in which it lies, if the file says so. Text and scales stand still. The
+    trace of an ECG moves, but it is thin or lies apart.
     """
-    moving = gaussian_filter(np.ptp(video, axis=0).astype(np.float32), 1) > MOVES
+    change = np.ptp(video, axis=0).astype(np.float32)                   # H W
+    if box is not None:
+        x0, y0, x1, y1 = box
+        inside = np.zeros(change.shape, bool)
+        inside[y0:y1, x0:x1] = True
+        change[~inside] = 0
+    moving = gaussian_filter(change, 1) > MOVES
     # Closing fills holes in the sector, opening removes thin things
     closed = binary_closing(moving, iterations=3)
     regions, count = label(binary_opening(closed, iterations=3))        # H W, 0 = no region
     if not count:
         return None
-    largest = np.bincount(regions.flat)[1:].argmax() + 1
-    hull = Delaunay(np.argwhere(regions == largest))
-    every_pixel = np.argwhere(np.ones_like(moving))                     # H * W, 2
-    return (hull.find_simplex(every_pixel) >= 0).reshape(moving.shape)
+    sizes = np.bincount(regions.flat)[1:]
+    if sizes.max() < LEAST_SECTOR * moving.size:
+        return None
+    return convex_hull(regions == sizes.argmax() + 1)
+
+
+def convex_hull(region):
+    """region (H, W) bool -> (H, W) bool, the smallest convex region that holds it."""
+    # 1. Its corners are among the first and the last pixels of the rows
+    rows = np.flatnonzero(region.any(1))                                # N
+    first = region[rows].argmax(1)
+    last = region.shape[1] - 1 - region[rows, ::-1].argmax(1)
+    ends = np.concatenate([np.stack([rows, first], 1), np.stack([rows, last], 1)])      # 2 N, 2
+    corners = ends[ConvexHull(ends).vertices]
+
+    # 2. Inside is what lies on the same side of every edge
+    y, x = np.indices(region.shape)
+    inside = np.ones_like(region)
+    for (y0, x0), (y1, x1) in zip(corners, np.roll(corners, -1, axis=0)):
+        inside &= (y1 - y0) * (x - x0) - (x1 - x0) * (y - y0) >= 0
+    return inside
+
+
+def image_box(regions):
+    """The box (x0, y0, x1, y1) of the 2D images among a header's regions, None if it has none."""
+    boxes = np.array([region.box for region in regions if region.space == IMAGE_2D])   # N 4
+    if not len(boxes):
+        return None
+    return *boxes[:, :2].min(0), *boxes[:, 2:].max(0)
 
 
 def cut_square(video, sector, size):
-    """The sector of video (T, H, W, C), in the middle of a black square: (T, size, size, C) uint8."""
+    """The sector of video (T, H, W, C), in the middle of a black square (T, size, size, C)."""
     rows = np.flatnonzero(sector.any(1))
     columns = np.flatnonzero(sector.any(0))
     cut = (video * sector[:, :, None])[:, rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
@@ -80,44 +127,53 @@ def cut_square(video, sector, size):
     return np.stack(frames)
 
 
-def frame_rate(dataset):
-    """Frames per second by the header, 0 where it does not say."""
-    # FrameTimeVector has the time since the last frame of each, FrameTime one for all, in ms
-    steps = np.atleast_1d(dataset.get("FrameTimeVector") or 0).astype(float)[1:]
-    if len(steps):
-        step = steps.mean()
-    else:
-        step = float(dataset.get("FrameTime") or 0)
-    if step:
-        return 1000 / step
-    return float(dataset.get("CineRate") or dataset.get("RecommendedDisplayFrameRate") or 0)
+# ---------------------------------------------------------------------------- the ECG
 
+def find_ecg(cine, config):
+    """The ECG of a Cine as {ecg, ecg_offset_s}, and the boxes of the screen in which it is drawn.
 
-def read_cine(path, least):
-    """A DICOM file -> its header, video (T, H, W, 1 or 3) uint8, grey video (T, H, W), sector (H, W)
-    or None, frames per second. UserError where it is no cine."""
-    import pydicom
+    UserError where there is no ECG as the flags ask for it.
+    """
+    leads = wanted_leads(config)
+    seconds = len(cine.frames) / cine.fps
+    strips = [region.box for region in cine.regions if region.data == ECG_TRACE]
+    others = [region.box for region in cine.regions if region.space != IMAGE_2D]
+    frames = cine.frames
+    if frames.shape[-1] == 1:
+        frames = frames[..., 0]
+    reason = None
     try:
-        dataset = pydicom.dcmread(path)
-        frames = int(dataset.get("NumberOfFrames") or 1)
-        fps = frame_rate(dataset)
-        refuse(frames < least, path, f"{frames} frames, --least={least}")
-        refuse(not fps, path, "it does not say its frame time")
-        video = pydicom.pixels.pixel_array(dataset)                     # T H W, or T H W 3 (RGB)
-        refuse(video.dtype != np.uint8, path, f"its pixels are {video.dtype}, not 8 bits")
-        if video.ndim < 4:
-            video = video[..., None]
-        grey = video.mean(-1).astype(np.uint8)                          # T H W
-        return dataset, video, grey, find_sector(grey), fps
-    except UserError:
-        raise
-    except Exception as error:
-        # Of a damaged file pydicom raises any kind of error
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not read as DICOM: {reason}") from None
+        # With a waveform too, because a trace on the screen must not stay there
+        screen = read_screen_ecg(frames, cine.times, strips or others)
+        strips = [*strips, screen.strip]
+    except UserError as error:
+        reason = error
+
+    if config.ecg != "screen" or "WaveformSequence" in cine.header:
+        ecg, start = read_waveform(cine.path, cine.header, leads, seconds)      # N L
+    else:
+        refuse(reason, cine.path, reason)
+        ecg, start = cover_cine(cine.path, screen, seconds)             # N 1
+    return dict(ecg=ecg, ecg_offset_s=start), strips
 
 
-def read_waveform(path, dataset, leads, seconds):
+def cover_cine(path, screen, seconds):
+    """A ScreenECG -> its ECG (N, 1), NaN at the ends so that it covers the cine, and its begin.
+
+    UserError where less than half of the cine has its ECG.
+    """
+    before = max(math.ceil(screen.start_s * ECG_HZ), 0)
+    start = screen.start_s - before / ECG_HZ
+    needed = math.ceil((seconds - start) * ECG_HZ)
+    after = max(needed - before - len(screen.ecg), 0)
+    ecg = np.pad(screen.ecg, (before, after), constant_values=np.nan)
+    at = start + np.arange(len(ecg)) / ECG_HZ
+    known = np.isfinite(ecg[(at >= 0) & (at < seconds)]).mean()
+    refuse(known < 0.5, path, f"the ECG on its screen covers {100 * known:.0f} % of the cine")
+    return ecg[:, None], start
+
+
+def read_waveform(path, header, leads, seconds):
     """The ECG (N, L) in mV of a DICOM file, and when it begins, in s after the first frame.
 
     UserError where it lacks one of the leads, or does not last all the `seconds` of the cine.
@@ -125,10 +181,46 @@ def read_waveform(path, dataset, leads, seconds):
     ecg, has = read_ecg(path)                                           # L N
     missing = set(leads) - set(has)
     refuse(missing, path, f"its ECG has {' '.join(has)}, not {' '.join(leads)}")
-    start = float(dataset.WaveformSequence[0].get("MultiplexGroupTimeOffset") or 0) / 1000
+    start = float(header.WaveformSequence[0].get("MultiplexGroupTimeOffset") or 0) / 1000
     refuse(start > 0 or start + ecg.shape[1] / ECG_HZ < seconds, path,
            "its ECG does not last as long as the cine")
     return ecg[[has.index(lead) for lead in leads]].T, start            # N L
+
+
+def wanted_leads(config):
+    """The leads of the set, [] = it has no ECG; UserError where the flags contradict each other."""
+    kind = config.ecg or ("waveform" if config.leads else "none")
+    if kind not in ("waveform", "screen", "none"):
+        raise UserError(f"--ecg={config.ecg}: waveform, screen or none")
+    if kind == "none":
+        return []
+    leads = (config.leads or "II").split(",")
+    if kind == "screen" and (len(leads) > 1 or leads[0] not in LEADS):
+        raise UserError(f"--leads={config.leads}: a screen shows one lead, of {' '.join(LEADS)}")
+    return leads
+
+
+# ---------------------------------------------------------------------------- one clip, and the set
+
+def clip_of(cine, config):
+    """A Cine -> what Writer.add takes, without the id; UserError if it cannot be."""
+    frames = cine.frames                                                # T H W C
+    clip = {}
+    if wanted_leads(config):
+        clip, strips = find_ecg(cine, config)
+        for strip in strips:
+            frames = erase_strip(frames, strip)
+
+    grey = np.stack([frame.mean(-1).astype(np.uint8) for frame in frames])  # T H W
+    sector = find_sector(grey, image_box(cine.regions))
+    refuse(sector is None, cine.path, "nothing moves in it, no sector is found")
+    if config.channels == 1:
+        frames = grey[..., None]                                        # T H W 1
+    else:
+        frames = np.broadcast_to(frames, (*frames.shape[:3], 3))        # T H W 3
+    video = cut_square(frames, sector, config.size)
+    at, _ = even_times(cine.times)
+    return clip | dict(video=resample_frames(video, cine.times, at), fps=cine.fps)
 
 
 def list_jobs(config):
@@ -155,35 +247,34 @@ def list_jobs(config):
 def make_clip(job, config):
     """(name, file) -> the clip as Writer.add takes it; UserError where the file cannot be used."""
     name, path = job
-    dataset, video, grey, sector, fps = read_cine(path, config.least)
-    refuse(sector is None, path, "nothing moves in it, no sector is found")
-    if config.channels == 1:
-        video = grey[..., None]                                         # T H W 1
-    else:
-        video = np.broadcast_to(video, (*video.shape[:3], 3))           # T H W 3
-    clip = dict(id=name, video=cut_square(video, sector, config.size), fps=fps)
-    if config.leads:
-        leads = config.leads.split(",")
-        ecg, start = read_waveform(path, dataset, leads, len(video) / fps)
-        clip |= dict(ecg=ecg, ecg_offset_s=start)
-    return clip
+    cine = read_cine(path, read_header(path, config.least))
+    return dict(id=name) | clip_of(cine, config)
+
+
+def check_flags(config):
+    """UserError where pydicom is missing or a flag cannot be."""
+    if not find_spec("pydicom"):
+        raise UserError("DICOM needs the package pydicom: pip install pydicom")
+    if config.channels not in (1, 3) or min(config.size, config.least) < 1:
+        raise UserError("channels is 1 or 3; size and least are 1 or more")
+    wanted_leads(config)
+
+
+def write_set(source, config, jobs, make):
+    """Write the prepared set of jobs (prepare in data/writer.py); source: the module's name."""
+    meta = dict(name=os.path.basename(config.out.rstrip("/")), fps=None,
+                height=config.size, width=config.size, channels=config.channels,
+                leads=wanted_leads(config), source=source,
+                command=" ".join([f"sources.{source}", *sys.argv[1:]]))
+    prepare(config.out, meta, jobs, partial(make, config=config), config.workers)
 
 
 def main():
     """Write the prepared set."""
-    if not find_spec("pydicom"):
-        raise UserError("DICOM needs the package pydicom: pip install pydicom")
     config = parse_flags(DicomCinesConfig)
     print(config)
-    if config.channels not in (1, 3) or min(config.size, config.least) < 1:
-        raise UserError("channels is 1 or 3; size and least are 1 or more")
-    jobs = list_jobs(config)
-    leads = config.leads.split(",") if config.leads else []
-    meta = dict(name=os.path.basename(config.out.rstrip("/")), fps=None,
-                height=config.size, width=config.size, channels=config.channels, leads=leads,
-                source="dicom_cines",
-                command=" ".join(["sources.dicom_cines", *sys.argv[1:]]))
-    prepare(config.out, meta, jobs, partial(make_clip, config=config), config.workers)
+    check_flags(config)
+    write_set("dicom_cines", config, list_jobs(config), make_clip)
 
 
 if __name__ == "__main__":

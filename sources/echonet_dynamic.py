@@ -29,12 +29,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
 from scipy.signal import find_peaks
 
 from common.flags import UserError, parse_flags, run_main
 from data.dataset import LEADS, UNTRACED
 from data.ecgsyn import MARGIN_S, ecg_of_beats, usual_systole
+from data.lv_tracings import draw_outline, tracing_outline
 from data.video_files import read_video
 from data.writer import prepare
 from metrics.curves import parabola_top
@@ -98,7 +98,7 @@ def file_list(src):
 def tracings(src):
     """{video: {frame: chords}} of VolumeTracings.csv, {} where the file is missing.
 
-    A chord is four numbers (CHORD). The first chord of a frame is the long axis.
+    A chord is four numbers (CHORD). One chord of a frame is the long axis, as a rule the first.
     """
     path = Path(src) / "VolumeTracings.csv"
     if not path.exists():
@@ -117,16 +117,18 @@ def tracings(src):
     return {name: dict(frames) for name, frames in found.items()}
 
 
-def draw_masks(traced, frames, size):
-    """{frame: chords} -> masks (T, size, size) uint8, UNTRACED where there is none."""
+def draw_masks(name, traced, frames, size):
+    """{frame: chords} of a video -> masks (T, size, size) uint8, UNTRACED where there is none.
+
+    UserError where an outline crosses itself, whatever the order of its chords and of their ends.
+    """
     masks = np.full((frames, size, size), UNTRACED, np.uint8)
     for frame, chords in traced.items():
-        # The outline goes down the left ends of the chords and up the right ones
-        left, right = np.split(np.array(chords[1:]) * size / PIXELS, 2, axis=1)     # N 2 each
-        outline = np.concatenate([left, right[::-1]])                               # 2 N, 2
-        mask = Image.new("L", (size, size))
-        ImageDraw.Draw(mask).polygon([tuple(point) for point in outline], fill=1, outline=1)
-        masks[frame] = mask
+        try:
+            outline = tracing_outline(chords)                           # 2 N, 2
+        except UserError as error:
+            raise UserError(f"{name}: frame {frame} in VolumeTracings.csv: {error}") from None
+        masks[frame] = draw_outline(outline * size / PIXELS, size)
     return masks
 
 
@@ -159,7 +161,8 @@ def read_clip(row, traced, config):
         raise UserError(f"{name}: VolumeTracings.csv has an axis and fewer than two chords of it")
     clip = dict(id=name, fps=fps / config.every, view="A4C", ef=ef, esv_ml=esv, edv_ml=edv,
                 text=f"A4C view, EF {ef:.0f}")
-    return clip, video, draw_masks(traced, len(video), config.size)
+    masks = draw_masks(name, traced, len(video), config.size)
+    return clip, video, masks
 
 
 # ---------------------------------------------------------------------------- beats and their ECG
