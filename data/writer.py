@@ -193,7 +193,10 @@ def finish_set(out, part, folders):
         skipped += path.read_text().splitlines()
     for name in folders:
         if not (part / name / "video.npy").exists():
-            shutil.rmtree(part / name)
+            # no clip: only the reasons stay
+            (part / name / "clips.csv").unlink()
+            if not (part / name / "skipped.txt").exists():
+                (part / name).rmdir()
     if not any(part.glob("*/video.npy")):
         shutil.rmtree(part)
         reason = skipped[0] if skipped else "no jobs"
