@@ -1,6 +1,8 @@
 """Every test, on the CPU, offline: `python -m pytest test_all.py`. A docstring names the bug it catches."""
 import copy
 import csv
+import gzip
+import io
 import json
 import os
 import re
@@ -30,20 +32,29 @@ import train_generator
 import train_tokenizer
 from common import checkpoint, training
 from common.flags import UserError, field_comments, parse_flags
-from data.dataset import (LEADS, Clips, RandomWindows, as_video, batches, crop_or_pad,
+from data import dicom_pixels
+from data.dataset import (LEADS, UNTRACED, Clips, RandomWindows, as_video, batches, crop_or_pad,
                           random_affine_grid, random_shift_and_flip, random_view)
-from data.ecg_files import read_ecg
-from data.ecg_signal import augment_recorder_filter, clean_ecg, find_r_peaks
-from data.ecgsyn import ecg_of_beats, make_ecg, usual_systole
+from data.ecg_files import READERS, read_ecg, read_recording
+from data.ecg_signal import (augment_recorder_filter, clean_ecg, extend_periodic, find_disturbed,
+                             find_r_peaks)
+from data.ecg_times import fit_rate
+from data.ecgsyn import RHYTHMS, ecg_of_beats, make_ecg, usual_systole
+from data.frame_times import even_times, resample_frames
+from data.screen_ecg import ScreenECG, erase_strip, read_screen_ecg
 from data.writer import Writer, prepare
 from ecg_encoder import EcgConfig, EcgEncoder, MaskedAutoencoder
 from generator import (SCORERS, DecodingConfig, Generator, GeneratorConfig, build_condition,
                        classifier_free_guidance, cosine_schedule, halton_order, load_models,
                        maskgit_decode, sample_categorical, stream_video)
 from metrics import curves, ejection_fraction, frechet, image_quality, lv_segmenter, profiling
-from sources import (camus, dicom_cines, echonet_dynamic, short_axis_mri, video_ecg_folder,
+from metrics.clip_ecg import aligned_ecg
+from metrics.r_peak_table import ROWS, measure_row
+from sources import (camus, dicom_cines, echonet_dynamic, echoxflow, mimic_iv_echo, short_axis_mri, video_ecg_folder,
                      video_folder)
 from sources.phantom import PhantomConfig, list_jobs, make_clip
+from tests import dicom_files, ecg_files, screen_cines
+from tests import echoxflow_store as store
 from tokenizer import (LFQ, Tokenizer, TokenizerConfig, add_lora, bits_to_index, index_to_bits,
                        joint_code_probabilities, lora_state_dict, merge_lora, patchify)
 
@@ -1097,6 +1108,737 @@ def test_st_mem_weights_load(tmp_path, monkeypatch):
     torch.save({"model": theirs}, tmp_path / "st_mem.pth")
     loaded = ecg_encoder.load_st_mem(tmp_path / "st_mem.pth").state_dict()
     assert all(torch.equal(loaded[k], ours[k]) for k in ours)
+
+
+def chords_of(count=20):
+    """A tracing as EchoNet-Dynamic has it: the long axis, tilted, then chords from the apex to the base."""
+    along, across = np.array([0.2, 0.98]), np.array([0.98, -0.2])
+    tracing = [[50, 15, *(50, 15) + 70 * along]]
+    for t in np.linspace(0.02, 0.98, count):
+        middle, half = (50, 15) + 70 * t * along, 18 * np.sin(np.pi * t * 0.8) ** 0.5
+        tracing.append([*(middle - half * across), *(middle + 1.1 * half * across)])
+    return np.array(tracing)
+
+
+def test_tracings_in_any_order():
+    """A bow tie of a mask where a chord has its ends swapped, chords stand in another order, or the long axis is
+    not the first row: wrong EF and masks, without a word."""
+    rng, tracing = np.random.default_rng(0), chords_of()
+    draw = lambda rows: echonet_dynamic.draw_masks("0X1", {1: rows.tolist()}, 2, 112)
+    good = draw(tracing)
+    assert (good[0] == UNTRACED).all() and 2100 < good[1].sum() < 2300
+    ends_swapped = tracing.copy()
+    ends_swapped[9] = ends_swapped[9, [2, 3, 0, 1]]
+    others = [ends_swapped, np.roll(tracing, -1, 0), tracing[::-1], np.vstack([tracing[:1], tracing[:0:-1]])]
+    for _ in range(50):
+        mixed, swapped = rng.permutation(tracing), rng.random(len(tracing)) < 0.5
+        mixed[swapped] = mixed[swapped][:, [2, 3, 0, 1]]
+        others.append(mixed)
+    assert all((draw(rows) == good).all() for rows in others)
+    crossed = np.vstack([tracing[:1], [[20, 20 + 8 * k, 90, 90 - 8 * k] for k in range(8)]])
+    refused("0X1: frame 1 in VolumeTracings.csv: the outline crosses itself", draw, crossed)
+    refused("crosses itself", draw, np.ones((4, 4)))
+
+
+# ---------------------------------------------------------------------------- DICOM cines, MIMIC-IV-ECHO
+
+@pytest.mark.parametrize("name", dicom_files.PIXELS)
+def test_pixels(name, tmp_path):
+    """Pixels taken as they are stored: an inverted picture, the numbers of a palette, YBR as RGB, 16 bits cut
+    to their low byte, planes taken for pixels."""
+    pytest.importorskip("pydicom")
+    stored, looks, syntax, header = dicom_files.PIXELS[name]
+    data = None
+    if name == "planar":
+        data = stored.transpose(0, 3, 1, 2).astype(np.uint8).tobytes()
+    if name == "ybr 4:2:2":
+        data = dicom_files.ybr_422(stored)
+    dicom_files.write_dicom(tmp_path / "a.dcm", stored, syntax, data, **header)
+    cine = dicom_pixels.read_cine(tmp_path / "a.dcm", dicom_pixels.read_header(tmp_path / "a.dcm", 11))
+    looks = looks if looks.ndim == 4 else looks[..., None]
+    off = np.abs(cine.frames.astype(int) - looks)
+    assert cine.frames.dtype == np.uint8 and cine.frames.shape == looks.shape
+    # Chroma of 4:2:2 is off at the sharp edges of the sector only
+    assert off.max() <= 2 if "ybr" not in name and syntax != "jpeg" else off.mean() < 2.5, (off.max(), off.mean())
+
+
+def test_pixels_that_cannot_be_read(tmp_path, monkeypatch):
+    """A traceback, or no word about the package that is missing; a cut file that passes as a shorter one."""
+    pixels = pytest.importorskip("pydicom").pixels
+    path = tmp_path / "a.dcm"
+
+    def read(*reasons, syntax="native", data=None, stored=dicom_files.GREY, **header):
+        dicom_files.write_dicom(path, stored, syntax, data, **header)
+        refused(" ".join(reasons), lambda: dicom_pixels.read_cine(path, dicom_pixels.read_header(path, 11)))
+    frames = [dicom_files.encode(x.astype(np.uint8), "jpeg") for x in dicom_files.GREY]
+    read("11 frames are in it, its header says 12", syntax="jpeg", data=frames[:11])
+    read("damaged", syntax="jpeg", data=[*frames[:11], frames[11][:200]])
+    read("damaged", data=bytes(9000))
+    read("YBR_PARTIAL_420, which is not read", stored=dicom_files.RGB, PhotometricInterpretation="YBR_PARTIAL_420")
+    read("32 bits, not 1 to 16", data=bytes(12 * 96 * 128 * 4), BitsStored=32, BitsAllocated=32)
+    read("need a VOI LUT", BitsStored=12, VOILUTFunction="SIGMOID")
+    monkeypatch.setattr(pixels, "get_decoder", lambda syntax: SimpleNamespace(is_available=False))
+    read("JPEG Lossless", syntax="lossless", data=frames)
+    with pytest.raises(UserError, match="pip install pylibjpeg pylibjpeg-libjpeg$"):
+        dicom_pixels.read_cine(path, dicom_pixels.read_header(path, 11))
+
+
+UNEVEN = [0, *[20, 60] * 5, 20]
+# name: (header of 12 frames, times (ms) that their pictures show or None, reason why they are refused)
+TIMES = {
+    "one time": (dict(FrameTime=40), 40 * np.arange(12), None),
+    "even vector": (dict(FrameTimeVector=[0, *[20.5, 20] * 5, 20]), np.cumsum([0, *[20.5, 20] * 5, 20]), None),
+    "uneven": (dict(FrameTimeVector=UNEVEN), np.cumsum(UNEVEN), None),
+    "backwards": (dict(FrameTimeVector=[0, *[20, -20] * 5, 20]), None, "do not rise"),
+    "a pause": (dict(FrameTimeVector=[0, 900, *[20] * 10]), None, "pause for 0.90 s"),
+    "too few": (dict(FrameTimeVector=UNEVEN[:7]), None, "12 frames, 7 times"),
+    "rate of none": (dict(FrameTime=None, CineRate="0"), None, "does not say its frame time"),
+}
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_frame_times(name, tmp_path):
+    """Uneven frames taken for even ones: a heart that jumps, and an ECG out of step with it."""
+    pytest.importorskip("pydicom")
+    header, times, reason = TIMES[name]
+    dicom_files.write_dicom(tmp_path / "a.dcm", dicom_files.GREY, **dict(FrameTime=None) | header)
+    if reason:
+        return refused(reason, dicom_cines.make_clip, ("a", tmp_path / "a.dcm"), dicom_cines.DicomCinesConfig())
+    read = dicom_pixels.read_cine(tmp_path / "a.dcm", dicom_pixels.read_header(tmp_path / "a.dcm", 11))
+    # Grey levels that say when they were seen
+    clock = np.zeros((12, 4, 4, 1), np.uint8) + np.rint(times / 4).astype(np.uint8)[:, None, None, None]
+    seen = resample_frames(clock, read.times, even_times(read.times)[0])[:, 0, 0, 0]
+    assert read.fps == pytest.approx(1000 / np.diff(times).mean())
+    assert 4.0 * seen == pytest.approx(1000 * np.arange(len(seen)) / read.fps, abs=4) and len(seen) >= 12
+    clip = dicom_cines.make_clip(("a", tmp_path / "a.dcm"), dicom_cines.DicomCinesConfig())
+    assert clip["fps"] == read.fps and len(clip["video"]) == len(seen)
+
+
+def strip_region():
+    """Regions of a 2D picture and of an ECG under it."""
+    return dicom_files.regions_of((0, 0, 128, 96, 1, 1), (0, 70, 128, 90, 4, 10))
+
+
+@pytest.mark.parametrize("flags, header, offset, black", [
+    (dict(), dict, None, False),
+    (dict(ecg="none", leads="II"), dict, None, False),
+    (dict(leads="II"), dicom_files.waveform, 0, True),
+    (dict(ecg="waveform"), dicom_files.waveform, 0, True),
+    (dict(ecg="screen"), dicom_files.waveform, 0, True),
+    (dict(ecg="screen"), dict, -0.3, True),
+    (dict(ecg="screen", leads="V1"), strip_region, -0.3, True)])
+def test_ecg_of_a_cine(flags, header, offset, black, tmp_path, monkeypatch):
+    """An ECG that is drawn on the picture and stays in it, so that the model reads it there; the trace on the
+    screen taken where the file carries a waveform; gaps that are filled up; an ECG that does not cover it."""
+    pytest.importorskip("pydicom")
+    header = header()
+    strip = (0, 76, 128, 84)                # half way into the sector, whose lower edge is row 89
+    ecg = np.where(np.arange(150) < 20, np.nan, 0.5).astype(np.float32)
+    asked = []
+
+    def read_screen(frames, times, regions):
+        asked.append((frames.shape, times[-1], list(regions)))
+        return ScreenECG(ecg, -0.3, "sweep", 1.0, strip)
+    monkeypatch.setattr(dicom_cines, "read_screen_ecg", read_screen)
+    drawn = dicom_files.GREY.copy()
+    drawn[::2, 80:82], drawn[1::2, 80:82] = 255, 0
+    dicom_files.write_dicom(tmp_path / "a.dcm", drawn, **header)
+    config = dicom_cines.DicomCinesConfig(size=96, **flags)
+    dicom_cines.check_flags(config)
+    clip = dicom_cines.make_clip(("a", tmp_path / "a.dcm"), config)
+    assert (clip["video"].max() < 250) == black and clip["video"].max() > 100
+    assert clip.get("ecg_offset_s") == (offset if offset is None else pytest.approx(offset))
+    if offset == -0.3:
+        seconds, hints = 12 * 0.04, [(0, 70, 128, 90)] if header else []
+        assert asked == [((12, 96, 128), pytest.approx(11 * 0.04), hints)]
+        assert np.isnan(clip["ecg"][:20]).all() and len(clip["ecg"]) / 250 - 0.3 >= seconds
+        ecg[75:-20] = np.nan
+        refused("covers", dicom_cines.make_clip, ("a", tmp_path / "a.dcm"), config)
+        monkeypatch.undo()
+        refused("a.dcm: ", dicom_cines.make_clip, ("a", tmp_path / "a.dcm"), config)
+    for wrong, reason in ((dict(ecg="both"), "waveform, screen or none"), (dict(ecg="screen", leads="I,II"), "one lead")):
+        refused(reason, dicom_cines.check_flags, dicom_cines.DicomCinesConfig(**wrong))
+
+
+def test_sector_by_its_region(tmp_path):
+    """A Doppler spectrum that moves more than the sector taken for it, where the header says which is which; a
+    number that changes on a screen of text taken for a sector."""
+    pytest.importorskip("pydicom")
+    video = np.concatenate([dicom_files.GREY, np.random.default_rng(0).integers(0, 255, (12, 96, 128))], 1)
+    dicom_files.write_dicom(tmp_path / "a.dcm", video, **dicom_files.regions_of((0, 0, 128, 96, 1, 1), (0, 96, 128, 192, 3, 3)))
+    clip = dicom_cines.make_clip(("a", tmp_path / "a.dcm"), dicom_cines.DicomCinesConfig(size=96))
+    dicom_files.write_dicom(tmp_path / "b.dcm", dicom_files.GREY)
+    alone = dicom_cines.make_clip(("b", tmp_path / "b.dcm"), dicom_cines.DicomCinesConfig(size=96))
+    assert np.abs(clip["video"].astype(int) - alone["video"]).mean() < 2
+    text = np.zeros((12, 192, 256))
+    text[:, 20:40, 20:200], text[::2, 100:112, 20:44] = 255, 255
+    dicom_files.write_dicom(tmp_path / "c.dcm", text)
+    refused("no sector", dicom_cines.make_clip, ("c", tmp_path / "c.dcm"), dicom_cines.DicomCinesConfig())
+
+
+def test_mimic_iv_echo(tmp_path, capsys):
+    """A patient in two splits, Doppler or a still in the set, the EF of another study or of the range's upper
+    end, a missing table or file that ends all."""
+    pytest.importorskip("pydicom")
+    src = tmp_path / "src"
+    records = ["subject_id,study_id,acquisition_datetime,dicom_filepath"]
+    kinds = {"0001": {}, "0002": dict(UltrasoundColorDataPresent=1), "0003": dicom_files.regions_of((0, 0, 128, 96, 3, 3)),
+             "0004": dicom_files.regions_of((0, 0, 128, 96, 1, 2)), "0005": dict(still=True), "0006": None,
+             "0007": dicom_files.regions_of((0, 0, 128, 96, 4, 10)), "0008": "no DICOM"}
+    for patient, study, day in ((10000001, 90000001, 1), (10000001, 90000002, 9), (10000002, 90000003, 1)):
+        folder = f"files/p10/p{patient}/s{study}"
+        (src / folder).mkdir(parents=True)
+        for name, header in kinds.items():
+            file = f"{folder}/{study}_{name}.dcm"
+            records.append(f"{patient},{study},2170-03-0{day} 10:0{name[-1]}:00,{file}")
+            if isinstance(header, str):
+                (src / file).write_text(header)
+            elif header is not None:
+                still = "still" in header
+                dicom_files.write_dicom(src / file, dicom_files.GREY[:1] if still else dicom_files.GREY, **{} if still else header)
+    records.append("10000009,90000009,2170-03-01 10:00:00,files/p10/p10000009/s90000009/90000009_0001.dcm")
+    (src / "echo-record-list.csv").write_text("\n".join(records) + "\n")
+    config = mimic_iv_echo.MimicIvEchoConfig(src=str(src), ecg="none", seed=4, val=0.3, test=0.3)
+    jobs = mimic_iv_echo.list_jobs(config)
+    said = capsys.readouterr().err
+    assert "structured-measurement.csv: no such file" in said and "24 of the 25 files" in said
+    assert all(ef is None for split in jobs.values() for _, _, ef in split)
+
+    measured = ["subject_id,measurement_id,measurement_datetime,test_type,measurement,measurement_description,result,unit"]
+    for patient, measured_at, test, name, value in (
+            (10000001, "2170-03-02 09:00:00", "tte", "lvef", "55"),
+            (10000001, "2170-03-02 09:00:00", "tte", "lvef_upper", "100"),
+            (10000001, "2170-03-02 09:00:00", "tte", "biplane_lvef", "51"),
+            (10000001, "2170-03-01 09:00:00", "stress", "lvef", "70"),
+            (10000001, "2170-03-05 09:00:00", "tte", "lvef", "20"),
+            (10000002, "2170-03-01 11:00:00", "tte", "lvef", "unknown"),
+            (10000002, "2170-03-01 11:00:00", "tte", "lvef_3d", "33"), (1, "", "tte", "lvef", "44")):
+        measured.append(f'{patient},7,{measured_at},{test},{name},"LV, ejection",{value},%')
+    with gzip.open(src / "structured-measurement.csv.gz", "wt") as file:
+        file.write("\n".join(measured) + "\n")
+    call(mimic_iv_echo.main, f"--src={src}", f"--out={tmp_path / 'set'}", "--size=64", "--ecg=none", "--seed=4",
+         "--val=0.3", "--test=0.3", "--workers=1")
+    found, skipped = {}, ""
+    for folder in (tmp_path / "set").iterdir():
+        if folder.is_dir():
+            patients = set()
+            for clip in csv.DictReader(open(folder / "clips.csv")):
+                found[clip["id"]] = clip["ef"], clip["text"]
+                patients.add(clip["id"].split("/")[0])
+            skipped += (folder / "skipped.txt").read_text()
+            assert len(patients) == 1, "a patient in two splits, or both in one"
+    assert found == {"p10000001/s90000001/90000001_0001": ("55.0", "EF 55"),
+                     "p10000001/s90000002/90000002_0001": ("", ""),
+                     "p10000002/s90000003/90000003_0001": ("33.0", "EF 33")}
+    for reason in ("0002.dcm: colour Doppler", "0003.dcm: spectral Doppler", "0004.dcm: colour Doppler",
+                   "0005.dcm: 1 frames", "0006.dcm: no such file", "0007.dcm: its header has no 2D picture",
+                   "0008.dcm: not read as DICOM"):
+        assert skipped.count(reason) == 3, reason
+    refused("echo-record-list.csv: no such file", call, mimic_iv_echo.main, f"--src={tmp_path}", "--out=x")
+    (src / "echo-record-list.csv").write_text("subject_id,file\n1,2\n")
+    refused("no column study_id", call, mimic_iv_echo.main, f"--src={src}", "--out=x")
+
+
+# ---------------------------------------------------------------------------- R peaks, disturbances, gaps
+
+@pytest.mark.parametrize("name", ROWS)
+def test_r_peak_table(name):
+    """Beats lost beside a disturbance, or disturbances, T waves and pacing spikes taken for beats."""
+    right, total, false = measure_row(name, range(300, 308))
+    share, extra = {"white noise .3 mV": (.92, .04), "pacing spikes 4 mV": (.95, .03)}.get(name, (.97, 0))
+    assert right >= share * total and false <= max(extra * total, 8 * ROWS[name], 1)
+
+
+@pytest.mark.parametrize("rhythm", RHYTHMS)
+def test_undisturbed_ecgs_stay(rhythm):
+    """An ectopic beat, a pause, a flat line or constant noise hidden: the model would not see what is there."""
+    for seed in range(4):
+        e = make_ecg(seed, 10, rhythm=rhythm, qt=0.8 + 0.2 * seed)
+        noisy = e.ecg[:, 1] + np.random.default_rng(seed).normal(0, 0.3, len(e.ecg))
+        for ecg in (e.ecg.T, e.ecg.T[1:2], noisy[None], np.zeros((1, 2500))):
+            assert not find_disturbed(ecg).any()
+
+
+def burst(seed=0, seconds=20, start=8, end=11, mv=20, leads=(0, 1)):
+    """Two leads with a burst of noise between two seconds -> ecg without it, ecg with it, R peaks."""
+    e = make_ecg(seed, seconds, hr=70)
+    clean, ecg = e.ecg.T[list(leads)], e.ecg.T[list(leads)].copy()
+    ecg[0, 250 * start:250 * end] += np.random.default_rng(seed).normal(0, mv, 250 * (end - start))
+    return clean, ecg, e.r_peaks
+
+
+def test_a_disturbance_is_hidden_and_sets_no_scale():
+    """A burst of noise that the model sees, or that shrinks all beats of the recording to a flat line."""
+    clean, ecg, r = burst()
+    hidden = find_disturbed(ecg)
+    assert hidden[250 * 8:250 * 11].all() and hidden.sum() < 250 * 3.6
+    seen, wanted = clean_ecg(ecg), clean_ecg(clean)
+    away = np.r_[0:250 * 7, 250 * 12:5000]
+    assert np.abs(seen - wanted)[:, away].max() < 0.2 * wanted.max() and np.abs(seen).max() < 1.3 * wanted.max()
+    pulse = clean.copy()
+    pulse[:, 1000:1010] += 50
+    step = clean.copy()
+    step[:, 1000:] += 4
+    for x in (pulse, step):                    # a step leaves no trace after itself
+        assert find_disturbed(x)[1000:1002].all() and find_disturbed(x).sum() < 75
+        assert np.abs(clean_ecg(x) - wanted)[:, 1100:].max() < 0.1 * wanted.max()
+
+
+def test_pacing_spikes_are_taken_out_and_hide_nothing():
+    """A pacemaker's spike that stays in the ECG, is taken for a beat, or hides the beat after it."""
+    e = make_ecg(1, 10, hr=70)
+    paced = e.ecg.T[1:2].copy()
+    paced[:, ((e.r_peaks[e.r_peaks > 0.2] - 0.18) * 250).round().astype(int)] += 4
+    assert not find_disturbed(paced).any()
+    assert np.abs(clean_ecg(paced) - clean_ecg(e.ecg.T[1:2])).max() < 0.3
+    assert np.allclose(find_r_peaks(paced), find_r_peaks(e.ecg.T[1:2]), atol=0.01)
+
+
+def test_gaps_in_a_signal():
+    """NaN that reaches a filter (all becomes NaN), beats lost beside a gap, or a gap that is not hidden."""
+    clean, ecg, r = burst()
+    ecg[:, 2000:2750] = np.nan
+    hidden, cleaned = find_disturbed(ecg), clean_ecg(ecg)
+    assert hidden[2000:2750].all() and hidden.sum() < 850 and np.isfinite(cleaned).all()
+    found, far = find_r_peaks(ecg), r[(r < 7.8) | (r > 11.2)]
+    assert all(np.abs(found - beat).min() < 0.03 for beat in far)
+    assert abs(cleaned[:, ~hidden].std() - 1) < 0.01
+    assert np.isnan(extend_periodic(ecg, -500, 6000)).any(0).sum() >= 750
+    for x in (np.full((2, 300), np.nan), np.full((1, 100), np.nan), np.zeros((1, 20))):
+        assert len(find_r_peaks(x)) == 0 and np.isfinite(clean_ecg(x)).all()
+    ends = clean.copy()                         # gaps at both ends, of one lead alone
+    ends[0, :500] = ends[1, -500:] = np.nan
+    assert find_disturbed(ends)[[0, 499, 4500, 4999]].all() and np.isfinite(clean_ecg(ends)).all()
+
+
+@pytest.mark.parametrize("seconds", [0.4, 0.9, 3])
+def test_short_traces(seconds):
+    """A trace of one beat that is too short for a filter or a median, or whose beat is not found."""
+    e = make_ecg(3, 10, hr=70)
+    begin = round((e.r_peaks[2] - 0.2) * 250)
+    ecg = e.ecg.T[:2, begin:begin + round(250 * seconds)]
+    assert np.abs(find_r_peaks(ecg) - 0.2).min() < 0.03 and not find_disturbed(ecg).any()
+    assert np.allclose(find_r_peaks(1e-3 * ecg), find_r_peaks(ecg))
+
+
+def test_training_hides_what_is_disturbed(tmp_path):
+    """A training that sees an artefact or a gap, as input or beside the anchor, or that loses its other draws."""
+    _, ecg, _ = burst(seconds=6, start=2, end=4)
+    ecg[:, 300:350] = np.nan
+    writer = Writer(tmp_path / "train")
+    writer.add(id="a", fps=25, video=np.zeros((100, 8, 8, 1), np.uint8), ecg=ecg.T, ecg_offset_s=-1)
+    writer.close()
+    meta = dict(name="x", fps=25, height=8, width=8, channels=1, leads=["I", "II"], ecg_hz=250)
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    clips = Clips(tmp_path, "train")
+    make = lambda **how: RandomWindows(clips, 11, ecg_samples=600, clean=clean_ecg, anchor_seconds=(.2, .4),
+                                       leads="I,II", **how)
+    hidden, anchors = 0, 0
+    for n in range(20):
+        item, plain = make(find_disturbed=find_disturbed)[n], make()[n]
+        assert torch.equal(item["ecg"], plain["ecg"]) and "ecg_disturbed" not in plain
+        assert item["ecg_disturbed"].shape == (600,) and item["ecg_disturbed"].dtype == torch.bool
+        assert torch.isfinite(item["ecg"]).all() and torch.isfinite(item["anchor_ecg"]).all()
+        hidden += item["ecg_disturbed"].float().mean().item() / 20
+        anchors += (item["anchor_ecg"] == 0).all(0).any().item()
+    assert 0.2 < hidden < 0.8 and anchors > 3
+    ecgs, disturbed = aligned_ecg(clips, [0], [0, 1], 0, 4)
+    assert ecgs.shape == (1, 2, 1000) and disturbed.shape == (1, 1000) and disturbed[0, 250:750].all()
+
+
+def test_training_masks_the_disturbed_samples():
+    """A loss that changes with what is under the ECG mask: the model would learn from artefacts."""
+    batch = {"fps": torch.tensor([25.]), "ecg": torch.zeros(1, 1, 600), "leads": torch.tensor([0]),
+             "ecg_disturbed": torch.arange(600)[None] < 100, "ecg_start": torch.zeros(1)}
+    assert train_generator.known_of(batch)["ecg_hidden"] is batch["ecg_disturbed"]
+    two = {name: torch.cat([x, x]) for name, x in batch.items()}
+    two["ecg_disturbed"][1] = False
+    assert train_generator.with_wrong_ecg(two)["ecg_disturbed"][1, :100].all()
+
+
+def test_sample_hides_what_is_disturbed(tmp_path, capsys):
+    """sample.py that shows the model an artefact or a gap, or does not say that it hides one."""
+    _, ecg, _ = burst(seconds=8, start=2, end=4)
+    np.save(tmp_path / "x.npy", ecg)
+    config = sample.SampleConfig(ecg=str(tmp_path / "x.npy"), ecg_hz=250, ecg_leads="I,II", frames=100, hide="0.5,1")
+    trace = sample.load_trace(config, 2, 0)
+    hidden = sample.hidden_samples(config, trace)
+    times = trace.start + np.arange(len(hidden)) / 250
+    assert hidden[(times > 2.01) & (times < 3.99)].all() and hidden[(times >= 0.5) & (times < 1)].all()
+    assert not hidden[(times > 1.05) & (times < 1.8)].any() and "hidden from the model" in capsys.readouterr().err
+    quiet = sample.load_trace(sample.SampleConfig(), 2, 0)
+    assert not quiet.disturbed.any() and not capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- ECG files
+
+@pytest.mark.parametrize("name", ecg_files.TABLES)
+def test_text_ecg(name, tmp_path):
+    """A rate, a column of times or counts, a lead's name or a unit misread; the kind told by the name alone."""
+    text, hz, leads, flags = ecg_files.TABLES[name]
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    # dates cut to milliseconds know the rate of 10 s a little less well
+    assert read_recording(path).hz == pytest.approx(hz, abs=3e-3 if name == "iso_ms.tsv" else 1e-3)
+    rate = {"counted_mit": 360, "blanks": 360}.get(name, 500)
+    ecg, found = read_ecg(path, ecg_hz=0 if hz else rate, **flags)
+    assert found == leads and abs(ecg.shape[1] - 2500) < 6 and 0.2 < np.abs(ecg).max() < 4        # mV
+    check_peaks(ecg, ecg_files.BEATS.r_peaks, 10, within=0.02)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "latin-1", "utf-8-sig", "utf-8"])
+@pytest.mark.parametrize("name", ["x.csv", "x.dat", "x", "x.log"])
+def test_text_encodings(name, encoding, tmp_path, capsys):
+    """A unit that is lost with its letter, so that an ECG of 5 mV is scaled to 1 mV; a kind told by its suffix."""
+    text = ecg_files.rows(500, lambda k, t, a, b: f"{t:.3f};{5000 * a:.0f}", "Zeit [s];Ableitung I [µV]")
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    ecg, leads = read_ecg(tmp_path / name)
+    expected = ecg_files.ecg_at(500)[:, 0]
+    assert leads == ["I"] and np.ptp(ecg) == pytest.approx(5 * np.ptp(expected), rel=0.05)
+    assert not capsys.readouterr().err
+
+
+def hole(start, end, hz=250, leads=(0, 1)):
+    """(2, N) mV with NaN from start to end, seconds, in the leads."""
+    ecg = ecg_files.ecg_at(hz).T.copy()
+    ecg[list(leads), round(start * hz):round(end * hz)] = np.nan
+    return ecg
+
+
+def save_and_read(folder, ecg, hz):
+    """read_ecg of an array in a .npy."""
+    np.save(folder / "x.npy", ecg)
+    return read_ecg(folder / "x.npy", hz)
+
+
+@pytest.mark.parametrize("hz", [250, 130, 500])
+def test_gaps(hz, tmp_path, capsys):
+    """A record refused for three lost samples; NaN that spreads by resampling, or moves the other samples."""
+    whole, leads = save_and_read(tmp_path, ecg_files.ecg_at(hz).T, hz)
+    short, _ = save_and_read(tmp_path, hole(3, 3.15, hz, [0]), hz)
+    assert np.isfinite(short).all() and "bridged" in capsys.readouterr().err
+    far = np.abs(np.arange(2500) / 250 - 3.1) > 0.2
+    assert np.abs(short - whole)[:, far].max() < 0.02
+    # a longer one in one lead hides all leads, and no more than itself
+    gap, _ = save_and_read(tmp_path, hole(3, 4, hz, [0]), hz)
+    assert np.array_equal(np.isnan(gap[0]), np.isnan(gap[1])) and "hidden" in capsys.readouterr().err
+    nan = np.flatnonzero(np.isnan(gap[0])) / 250
+    assert 2.98 <= nan.min() <= 3.01 and 3.97 <= nan.max() <= 4.02 and len(nan) == pytest.approx(250, abs=3)
+    far = np.abs(np.arange(2500) / 250 - 3.5) > 0.6
+    assert np.nanmax(np.abs(gap - whole)[:, far]) < 0.02
+    # a lead that is mostly missing is left out; a record that is, refused
+    ecg, leads = save_and_read(tmp_path, hole(1, 8, hz, [0]), hz)
+    assert leads == ["II"] and np.allclose(ecg[0], whole[1], atol=1e-5)
+    refused("missing", save_and_read, tmp_path, hole(1, 8, hz), hz)
+
+
+def test_gap_in_times(tmp_path, capsys):
+    """Samples that the recorder left out closed up: every later beat comes too early. Empty cells refused."""
+    lines = ecg_files.rows(250, lambda k, t, a, b: f"{t:.3f},{a:.4f},{b:.4f}").split("\n")
+    (tmp_path / "x.csv").write_text("\n".join(["time,I,II", *lines[:500], *lines[750:]]))
+    ecg, _ = read_ecg(tmp_path / "x.csv")
+    assert ecg.shape == (2, 2500) and np.flatnonzero(np.isnan(ecg[0])).tolist() == list(range(500, 750))
+    (tmp_path / "y.csv").write_text("time,I,II\n" + "\n".join(
+        [*lines[:700], *(f"{k / 250:.3f},," for k in range(700, 705)), *lines[705:]]))
+    ecg, _ = read_ecg(tmp_path / "y.csv")
+    assert ecg.shape == (2, 2500) and np.isfinite(ecg).all()
+    (tmp_path / "z.csv").write_text("\n".join(["time,I,II", *lines[:200], "9999,1,1", *lines[200:]]))
+    refused("rise evenly", read_ecg, tmp_path / "z.csv")
+
+
+def test_wfdb_by_any_name(tmp_path):
+    """A user who names REC.dat, or REC; two segments with a gap between them; signals of unknown leads."""
+    wfdb = pytest.importorskip("wfdb")
+    mv = ecg_files.ecg_at(250)
+    mv[700:1000] = np.nan
+    wfdb.wrsamp("rec", 250, ["mV"] * 2, ["MLII", "V5"], mv, fmt=["16"] * 2, write_dir=str(tmp_path))
+    by_name = [read_ecg(tmp_path / name) for name in ("rec.hea", "rec.dat", "rec")]
+    for ecg, leads in by_name:
+        assert leads == ["II", "V5"] and np.array_equal(ecg, by_name[0][0], equal_nan=True)
+        assert np.flatnonzero(np.isnan(ecg[0])).tolist() == list(range(700, 1000))
+    wfdb.wrsamp("two", 250, ["mV", "mmHg"], ["MCL1", "ABP"], ecg_files.ecg_at(250), fmt=["16"] * 2, write_dir=str(tmp_path))
+    assert read_ecg(tmp_path / "two.hea")[1] == ["I"]
+    assert read_ecg(tmp_path / "two.hea", leads=["V1"])[1] == ["V1"]
+    wfdb.wrsamp("col", 250, ["mV"] * 2, ["ECG 1", "ECG_2"], ecg_files.ecg_at(250), fmt=["16"] * 2, write_dir=str(tmp_path))
+    refused("pass --ecg_leads=", read_ecg, tmp_path / "col.hea")
+    refused("3 names", read_ecg, tmp_path / "col.hea", 0, ["I", "II", "III"])
+    assert read_ecg(tmp_path / "col.hea", leads=["II", "V2"])[1] == ["II", "V2"]
+    (tmp_path / "big.hea").write_text("big/2 1 250 9000000000\nbig_1 1000\n~ 8999999000\n")
+    (tmp_path / "big_1.hea").write_text("big_1 1 250 1000\nbig.dat 16 200/mV 16 0 0 0 0 II\n")
+    (tmp_path / "big.dat").write_bytes(bytes(2000))
+    refused("promises", read_ecg, tmp_path / "big.hea")
+
+
+@pytest.mark.parametrize("name", ecg_files.DEVICES)
+def test_device_files(name, tmp_path, capsys):
+    """A wrong unit, lead or rate out of ecgdatakit: 499.31 Hz rounded to 499, a lost value as a peak of -164 mV."""
+    pytest.importorskip("ecgdatakit")
+    content, hz, leads = ecg_files.DEVICES[name]
+    (tmp_path / name).write_bytes(content)
+    assert read_recording(tmp_path / name).hz == pytest.approx(hz, abs=1e-3)
+    ecg, found = read_ecg(tmp_path / name)
+    assert found == leads
+    if name == "part":
+        return
+    expected = ecg_files.ecg_at(250)[:, :len(leads)].T
+    assert np.abs(ecg[:, 100:2400] - (expected - np.median(expected, 1, keepdims=True))[:, 100:2400]).max() < 0.08
+    check_peaks(ecg, ecg_files.BEATS.r_peaks, 10, within=0.02)
+    assert "scaled" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ecg_files.MISTAKEN)
+def test_no_ecg_is_one_line(name, tmp_path):
+    """A traceback, or a pickle opened, where a file is no ECG; an XML file that grows in memory."""
+    pytest.importorskip("ecgdatakit")
+    content, reason = ecg_files.MISTAKEN[name]
+    if content is None:
+        np.save(buffer := io.BytesIO(), np.full(900, np.inf))
+        content = buffer.getvalue()
+    (tmp_path / name).write_bytes(content)
+    refused(reason, read_ecg, tmp_path / name, 0 if name.endswith("csv") and name != "back.csv" else 250)
+
+
+def test_missing_package_is_one_line(tmp_path, monkeypatch):
+    """A traceback where the optional reader is not installed."""
+    monkeypatch.setitem(sys.modules, "ecgdatakit.parsing", None)
+    (tmp_path / "x").write_bytes(ecg_files.muse())
+    refused("pip install ecgdatakit", read_ecg, tmp_path / "x")
+
+
+def test_pleth_is_no_ecg(tmp_path):
+    """The only signal of a record taken for lead I although it is a pulse wave."""
+    (tmp_path / "x.csv").write_text(ecg_files.rows(250, lambda k, t, a, b: f"{a:.3f}", "PLETH"))
+    refused("'PLETH': no lead", read_ecg, tmp_path / "x.csv", 250)
+    assert ".mwf" in READERS and ".CSV".lower() in READERS and set(LEADS) > {"I"}
+
+
+def arrivals(hz=130, n=3900):
+    """{case: (times of samples, how many are missing)}."""
+    rng, t = np.random.default_rng(0), np.arange(n) / hz
+    in_order = np.maximum.accumulate
+    packets = np.repeat(t[12::13] + rng.uniform(0, 0.05, n // 13), 13)
+    late = t.copy()
+    late[2000:2003] = late[2003]
+    return {"jitter": (in_order(t + rng.random(n) / hz), 0), "delays": (in_order(t + rng.exponential(1 / hz, n)), 0),
+            "packets": (packets, 0), "packets_spread": (packets + 1e-4 * (np.arange(n) % 13), 0),
+            "gap": (np.delete(t, range(1000, 1300)), 300), "late": (late, 0), "cut_to_ms": (np.floor(1e3 * t) / 1e3, 0),
+            "gaps": (np.delete(t, (np.arange(20)[:, None] * 170 + 100 + np.arange(10)).ravel()), 200),
+            "to_10_ms": (np.round(t, 2), 0), "seconds": (np.floor(t), 0), "back": (np.concatenate([t, t]), None),
+            "random": (np.cumsum(rng.exponential(1 / hz, 20 * n)), None), "still": (0 * t, None)}
+
+
+@pytest.mark.parametrize("case", arrivals())
+def test_rate_of_uneven_times(case):
+    """Packets or late samples taken for gaps, gaps for packets: a rate that is wrong by some percent, unseen."""
+    times, missing = arrivals()[case]
+    found = fit_rate(np.diff(times), is_date=True)
+    if missing is None:
+        assert found is None
+    else:
+        assert found.hz == pytest.approx(130, rel=1e-3) and found.position[-1] + 1 - len(times) == missing
+
+
+# ---------------------------------------------------------------------------- the ECG on the screen
+
+# What each machine draws, and how its frames come
+LOOKS = {
+    "sweep, green": dict(kind="sweep", clutter=("rate", "ticks")),
+    "sweep over the sector, white": dict(kind="sweep", colour="white", place="over", line=2, fps=30),
+    "sweep, few frames": dict(kind="sweep", colour="cyan", fps=8, seconds=4, gap=25),
+    "cursor, yellow": dict(kind="cursor", colour="yellow", marker="bar", clutter=("r_marks",)),
+    "cursor, dot": dict(kind="cursor", colour="green", marker="dot", fps=20),
+    "scroll, blue": dict(kind="scroll", colour="blue", clutter=("breath",)),
+    "scroll over the sector, many frames": dict(kind="scroll", place="over", fps=60, seconds=2),
+    "scroll, half transparent": dict(kind="scroll", place="within", alpha=0.7, line=2),
+}
+NO_STRIP = {
+    "no trace": dict(kind="none", clutter=("rate", "ticks")),
+    "a breath": dict(kind="sweep", only_breath=True),
+    "it stands still": dict(kind="frozen"),
+    "it leaves the screen": dict(kind="sweep", leaves=True),
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_screen_ecg(name):
+    """An ECG off the screen that is late, has beats of its own, or is read in the wrong way."""
+    look = screen_cines.Look(**LOOKS[name])
+    frames, times, r_peaks, strip = screen_cines.draw_cine(look, seed=7)
+    found = read_screen_ecg(frames, times)
+    assert found.kind == look.kind and 0 < found.confidence <= 1
+    at = found.start_s + find_r_peaks(np.nan_to_num(found.ecg)[None])
+    inside = r_peaks[(r_peaks > 0.05) & (r_peaks < times[-1] - 0.05)]
+    assert len(inside) and all(np.abs(at - beat).min() <= 0.02 for beat in inside)
+    assert all(np.abs(r_peaks - beat).min() < 0.05 for beat in at if 0.05 < beat < times[-1] - 0.05)
+    # The R peaks are 1 mV, and the rows of the strip can be made black.
+    assert 0.7 < np.nanmax(found.ecg) < 1.6
+    x0, y0, x1, y1 = found.strip
+    assert strip[1] - 12 <= y0 < y1 <= strip[3] + 30
+    assert not erase_strip(frames, found.strip)[:, y0:y1].any()
+
+
+@pytest.mark.parametrize("name", NO_STRIP)
+def test_no_ecg_on_the_screen(name):
+    """An ECG that is invented where the screen shows none, or none that lasts."""
+    look = screen_cines.Look(**NO_STRIP[name])
+    frames, times, _, _ = screen_cines.draw_cine(look, seed=7)
+    refused("no ECG is read off the screen", read_screen_ecg, frames, times)
+
+
+# ---------------------------------------------------------------------------- EchoXFlow
+
+def only_clip(src, rows, **flags):
+    """The clip of the first recording of `rows`."""
+    store.write_catalogue(src, rows)
+    config = echoxflow.EchoxflowConfig(src=str(src), size=96, val=0, test=0, **flags)
+    return echoxflow.make_clip(echoxflow.list_jobs(config)["train"][0], config)
+
+
+@pytest.mark.parametrize("end, zarr_format", [("zarr", 3), ("zarr", 2), ("zarr.zip", 3)])
+@pytest.mark.parametrize("geometry, depth, angle", [
+    (store.GEOMETRY, 0.1, 0.2),
+    (dict(depth_start_m=0.0, depth_end_m=0.2, tilt_rad=0.0, width_rad=1.6), 0.15, -0.6),
+    (dict(DepthStart=0.04, DepthEnd=0.12, Tilt=-0.2, Width=0.5), 0.05, -0.3)])
+def test_scan_conversion(end, zarr_format, geometry, depth, angle, tmp_path):
+    """A picture mirrored, tilted the wrong way, squeezed, off by a pixel; a store that is not opened."""
+    meters = geometry if "tilt_rad" in geometry else dict(zip(store.GEOMETRY, geometry.values()))
+    frames = np.tile(store.beam_spot(meters, depth, angle), (75, 1, 1))
+    row = store.write_cine(tmp_path, "e", "a", end=end, zarr_format=zarr_format, geometry=geometry,
+                     data__2d_brightness_mode=frames)
+    picture = only_clip(tmp_path, [row])["video"][5, ..., 0].astype(float)
+    # The square: as wide as the sector's box or as high, that box at the top and in the middle
+    near, far, tilt, width = meters.values()
+    edges = np.array([tilt - width / 2, 0, tilt + width / 2])
+    x, y = np.outer([near, far], np.sin(edges)), np.outer([near, far], np.cos(edges))
+    pitch = max(np.ptp(x), np.ptp(y)) / 96
+    left, top = x.mean(where=(x == x.min()) | (x == x.max())) - 48 * pitch, y.min()
+    at = np.array([depth * np.cos(angle) - top, depth * np.sin(angle) - left]) / pitch - 0.5
+    bright = np.clip(picture - 60, 0, None)
+    assert np.abs([(bright * n).sum() / bright.sum() for n in np.mgrid[:96, :96]] - at).max() < 0.3
+    assert abs((picture > 20).sum() * pitch ** 2 / ((far ** 2 - near ** 2) * width / 2) - 1) < 0.02
+    assert picture.max() > 180 and abs(np.median(picture[picture > 30]) - 40) < 2
+
+
+def test_echoxflow_clip(tmp_path):
+    """An ECG off the frames' clock; a gap that is filled; contours in the wrong frames or place."""
+    times = np.arange(-0.6, 3.6, 1 / 400)
+    kept = (times < 1.35) | (times > 1.9)                               # a gap over the beat at 1.6 but one
+    kept &= (times < 0.1) | (times > 0.2)                               # and one that is bridged
+    row = store.write_cine(tmp_path, "e", "a", data__ecg=store.spikes(times)[kept], timestamps__ecg=store.CLOCK + times[kept])
+    clip = only_clip(tmp_path, [row, store.write_strain(tmp_path, "e", "a", "4ch")])
+    ecg, start = clip["ecg"][:, 0], clip["ecg_offset_s"]
+    at = start + np.arange(len(ecg)) / 250
+    unknown = at[np.isnan(ecg)]
+    assert abs(start + 0.6) < 1e-4 and abs(unknown[0] - 1.35) < 0.006 and abs(unknown[-1] - 1.9) < 0.006
+    assert len(unknown) == np.sum((at >= unknown[0]) & (at <= unknown[-1])) and np.nanmax(np.abs(ecg)) < 1.02
+    for beat in (-0.4, 0.4, 1.2, 2.0, 2.8):
+        near = np.abs(at - beat) < 0.1
+        assert abs(at[near][np.nanargmax(ecg[near])] - beat) <= 0.004
+    assert np.allclose(clip["r_peaks_s"], store.BEATS, atol=0.002)
+    assert (clip["fps"], clip["view"], clip["text"]) == (25, "A4C", "A4C view")
+    traced = np.flatnonzero(clip["mask"][:, 0, 0] != UNTRACED)
+    assert traced.tolist() == list(range(21, 45)) and (clip["mask"][0] == UNTRACED).all()
+    mask = clip["mask"][30]
+    pitch = 0.15 * (np.sin(0.7) + np.sin(0.5)) / 96
+    assert abs(mask.sum() * pitch ** 2 / (np.pi * 0.02 ** 2) - 1) < 0.03
+    row, column = np.argwhere(mask).mean(0)
+    middle = 0.15 * (np.sin(0.7) - np.sin(0.5)) / 2
+    assert abs((column + 0.5 - 48) * pitch + middle - 0.01) < pitch / 2
+    assert abs((row + 0.5) * pitch + 0.01 * np.cos(0.7) - 0.08) < pitch / 2
+    # Triggers of one heart cycle are no list of all R peaks
+    strain = store.write_strain(tmp_path, "e", "a", "4ch", beats=store.BEATS[1:3])
+    assert only_clip(tmp_path, [store.write_cine(tmp_path, "e", "a"), strain])["r_peaks_s"] == ""
+
+
+def test_uneven_frames(tmp_path):
+    """Uneven frame times that are averaged; a slow drift; --fps; an ECG that begins after frame 0."""
+    steps = np.where(np.arange(75) % 2, 0.02, 0.06)
+    drift = np.where(np.arange(75) < 40, 0.041, 0.0395)
+    for step, fps, even in ((steps, 0, False), (drift, 0, False), (np.full(75, 0.04), 0, True), (steps, 30.0, False)):
+        times = np.cumsum(step) - step[0]
+        grey = np.full((75, 280, 120), 20 + 60 * times[:, None, None])
+        late = np.arange(0.5, 3.6, 1 / 250)
+        row = store.write_cine(tmp_path, "e", "a", data__2d_brightness_mode=np.rint(grey).astype(np.uint8),
+                         timestamps__2d_brightness_mode=store.CLOCK + times,
+                         data__ecg=store.spikes(late), timestamps__ecg=store.CLOCK + late)
+        clip = only_clip(tmp_path, [row], fps=fps)
+        video = clip["video"][:, 40:60, 40:60].mean((1, 2, 3))
+        assert abs(clip["fps"] - (fps or 74 / times[-1])) < 1e-3
+        assert np.abs(video - 20 - 60 * np.arange(len(video)) / clip["fps"]).max() < 1
+        assert abs(len(video) / clip["fps"] - 75 / 74 * times[-1]) < 0.06
+        ecg = clip["ecg"][:, 0]
+        assert np.isnan(ecg[:124]).all() and np.isfinite(ecg[126:]).all() and -0.004 < clip["ecg_offset_s"] <= 0
+        assert abs(find_r_peaks(ecg[None, 126:])[0] + 126 / 250 + clip["ecg_offset_s"] - 1.2) <= 0.004
+
+
+def test_echoxflow_set(tmp_path, capfd):
+    """A damaged store that ends all or goes in; Doppler taken for B-mode; an exam in two splits."""
+    src, nan = tmp_path / "src", np.array([np.nan])
+    t = np.float32(store.CLOCK + np.arange(75) / 25)
+    bad = {
+        "empty": (dict(data__ecg=np.zeros(0, np.float32), timestamps__ecg=np.zeros(0)), "its ECG is empty"),
+        "flat": (dict(data__ecg=np.zeros(1680)), "its ECG is constant"),
+        "late": (dict(timestamps__ecg=np.float32(store.CLOCK + 2.5 + np.arange(1680) / 400)), "covers 17 %"),
+        "nan": (dict(timestamps__2d_brightness_mode=np.append(t[:-1], nan)), "1 of the times of its frames are NaN"),
+        "back": (dict(timestamps__2d_brightness_mode=t[::-1].copy()), "do not rise"),
+        "few": (dict(timestamps__2d_brightness_mode=t[:9]), "75 frames, 9 times"),
+        "pause": (dict(timestamps__2d_brightness_mode=t + (np.arange(75) > 9)), "pause for 1.04 s"),
+        "black": (dict(data__2d_brightness_mode=np.zeros((75, 8, 8), np.uint8)), "frames from 0 on are black"),
+        "float": (dict(data__2d_brightness_mode=np.zeros((75, 8, 8))), "float64"),
+        "plane": (dict(geometry=dict(depth_end_m=0.1)), "no geometry"),
+        "mute": (dict(data__ecg=None, timestamps__ecg=None), "no ECG"),
+    }
+    rows = [store.write_cine(src, f"exam{i % 4}", f"r{i}", end=("zarr", "zarr.zip")[i % 2]) for i in range(8)]
+    rows += [store.write_cine(src, "exam0", name, **change) for name, (change, _) in bad.items()]
+    rows.append(store.write_cine(src, "exam0", "cut", end="zarr.zip"))
+    cut = src / rows[-1]["zarr_path"]
+    cut.write_bytes(cut.read_bytes()[:3000])
+    rows.append(store.write_cine(src, "exam0", "lost"))
+    pieces = [path for path in (src / "exam0/lost.zarr/data/2d_brightness_mode").rglob("*") if "c" in path.parts]
+    max(path for path in pieces if path.is_file()).unlink()
+    rows.append(rows[0] | dict(recording_id="gone", zarr_path="exam0/gone.zarr"))
+    rows.append(rows[0] | dict(recording_id="colour", content_types=["2d_color_doppler"]))
+    rows += [store.write_strain(src, "exam0", "r0", "4ch"), store.write_strain(src, "exam1", "r1", "2ch"), dict(exam_id="x")]
+    rows.append(rows[-2] | dict(zarr_path="exam0/gone_strain.zarr", recording_id="gone_strain"))
+    store.write_catalogue(src, rows)
+    flags = [f"--src={src}", "--size=32", "--val=0.3", "--test=0.2", "--seed=5", "--workers=2"]
+    call(echoxflow.main, *flags, f"--out={tmp_path / 'set'}")
+    said = capfd.readouterr()
+    assert all(text in said.out for text in ("An exam is not a patient", "not millivolts", "26 recordings, 22 of"))
+    assert "1 recordings without exam" in said.err and "gone_strain.zarr: no such file" in said.err
+    assert "Traceback" not in said.err
+    splits = {split.name: Clips(tmp_path / "set", split.name) for split in (tmp_path / "set").iterdir()
+              if (split / "video.npy").exists()}
+    exams = [{clip["id"].split("/")[0] for clip in clips} for clips in splits.values()]
+    assert sum(map(len, splits.values())) == 8 and sum(map(len, exams)) == len(set().union(*exams)) == 4
+    views = {clip["id"]: clip["view"] for clips in splits.values() for clip in clips}
+    assert views["exam0/r0"] == "A4C" and views["exam1/r1"] == "A2C" and views["exam2/r2"] == ""
+    assert all(clips.per_frame("mask", 0).shape == (75, 32, 32) and clips.leads == ["II"] for clips in splits.values())
+    skipped = "".join(path.read_text() for path in (tmp_path / "set").glob("*/skipped.txt")).splitlines()
+    reasons = {name: reason for name, (_, reason) in bad.items()} | dict(cut="not read as a Zarr", gone="no such file",
+                                                                            lost="are black: the store is not whole")
+    assert len(skipped) == len(reasons)
+    for name, reason in reasons.items():
+        assert any(f"exam0/{name}." in line and reason in line for line in skipped), name
+
+    call(echoxflow.main, *flags, f"--out={tmp_path / 'four'}", "--views=4ch")
+    (clips,) = (Clips(tmp_path / "four", path.parent.name) for path in (tmp_path / "four").glob("*/clips.csv"))
+    assert [clip["id"] for clip in clips] == ["exam0/r0"]
+
+
+def test_echoxflow_refusals(tmp_path, monkeypatch):
+    """A traceback in place of a line: no catalogue, a damaged one, none of a view, no zarr."""
+    pytest.importorskip("zarr")
+    refused("croissant.json", call, echoxflow.main, f"--src={tmp_path}")
+    for text, reason in (("{", "not read as a catalogue"), ('{"recordSet": []}', "no recording"),
+                         ("[]", "not read as a catalogue")):
+        (tmp_path / "croissant.json").write_text(text)
+        refused(reason, call, echoxflow.main, f"--src={tmp_path}")
+    store.write_catalogue(tmp_path, [dict(exam_id="e", recording_id="r", zarr_path="r", content_types=["2d_brightness_mode"])])
+    refused("none of --views=2ch", call, echoxflow.main, f"--src={tmp_path}", "--views=2ch")
+    refused("a list of 4ch", call, echoxflow.main, f"--src={tmp_path}", "--views=A4C")
+    monkeypatch.setattr(echoxflow, "find_spec", lambda name: None)
+    refused("pip install zarr", call, echoxflow.main)
 
 
 # ---------------------------------------------------------------------------- command lines

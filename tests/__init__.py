@@ -1,0 +1,1 @@
+"""What the tests and the smoke runs of recipes read: small files as other programs write them."""
