@@ -107,7 +107,10 @@ def load_trace(config, margin, seed):
 
     # Shifting moves the times of the samples, not the samples.
     start = first / ECG_HZ + shift
+
+    # A gap of the recording and an artefact are no heart: the model must not see them.
     disturbed = find_disturbed(ecg)
+    # The user is told of those in the video. The ECG reaches farther, on both sides.
     times = start + np.arange(samples) / ECG_HZ
     in_video = disturbed[(times >= 0) & (times < seconds)]
     if in_video.any():
