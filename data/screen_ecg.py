@@ -38,8 +38,9 @@ LEAST_SECONDS = 0.7
 MOST_FPS = 30           # of more frames a second, every second or third is looked at
 COLOURED = 60           # difference of the colours of a pixel, of 255, above which it is not grey
 BACKGROUND = 15         # pixels: a line is brighter than the mean over so many
-MARGIN = 70             # rows that are looked at above and below what moves
+MARGIN = 110            # rows that are looked at above and below what moves
 LEAST_CONFIDENCE = 0.4
+LEAST_R = 5             # pixels: height of an R wave
 SURE = 0.9              # a confidence with which the other feature is not looked at
 LEAST_WHOLE = 0.75      # share of the cine for which the trace must be seen
 FIT = dict(sweep=fit_sweep, cursor=fit_cursor, scroll=fit_scroll)
@@ -152,7 +153,7 @@ def check_seen(band, columns, rows):
 
 
 def check_whole(tau, pace, seconds):
-    """UserError where the line, seen at times tau (U,), is broken or lasts too short for the cine."""
+    """UserError where the line, seen at times tau (U,), is broken or shorter than the cine."""
     if len(tau) < LEAST_WHOLE * (tau[-1] - tau[0]) * pace:
         raise UserError("the line is broken")
     if ((tau > 0) & (tau < seconds)).sum() < LEAST_WHOLE * seconds * pace:
@@ -160,22 +161,33 @@ def check_whole(tau, pace, seconds):
 
 
 def scale_beats(signal):
-    """signal (N,) -> float32 with its R peaks at 1 on the median. UserError where its beats are not
-    alike: then it is something else."""
+    """signal (N,) in pixels -> float32 with its R peaks at 1 on the median.
+
+    UserError where it has no heart beats, or such as are not alike: then it is something else.
+    """
     signal = signal - np.nanmedian(signal)
     filled = np.nan_to_num(signal)
     peaks = np.round(find_r_peaks(filled[None]) * ECG_HZ).astype(int)
-    if not len(peaks):
+    reach = round(0.2 * ECG_HZ)
+    inside = peaks[(peaks >= reach) & (peaks < len(filled) - reach)]
+    beats = [filled[peak - reach:peak + reach + 1] for peak in inside]
+    if not len(beats):
         raise UserError("the trace has no heart beat")
-    reach = round(0.1 * ECG_HZ)
-    beats = [filled[peak - reach:peak + reach + 1] for peak in peaks
-             if reach <= peak < len(filled) - reach]
-    if len(beats) > 1:
-        beats = np.stack(beats)
-        beats -= beats.mean(1, keepdims=True)
-        typical = np.median(beats, 0)
-        norm = np.sqrt((beats ** 2).sum(1) * (typical ** 2).sum())
-        if np.median(beats @ typical / np.maximum(norm, 1e-6)) < 0.85:
-            raise UserError("the waves of the trace are not alike")
-    height = np.abs(np.median(filled[peaks]))
-    return (signal / max(height, 1)).astype(np.float32)
+
+    # 1. A QRS complex is higher than what comes before it, and than what follows
+    beats = np.stack(beats)                                             # beats 0.4 s
+    before = beats[:, reach] - np.median(beats[:, :reach // 2], 1)
+    after = beats[:, reach] - np.median(beats[:, -(reach // 2):], 1)
+    height = np.where(before * after > 0, np.minimum(np.abs(before), np.abs(after)), 0)
+    if np.median(height) < LEAST_R:
+        raise UserError("the trace has no heart beat")
+
+    # 2. The QRS complexes are like each other
+    complexes = beats[:, reach // 2:-(reach // 2)]
+    complexes = complexes - complexes.mean(1, keepdims=True)
+    typical = np.median(complexes, 0)
+    norm = np.sqrt((complexes ** 2).sum(1) * (typical ** 2).sum())
+    if np.median(complexes @ typical / np.maximum(norm, 1e-6)) < 0.85:
+        raise UserError("the waves of the trace are not alike")
+    scale = max(np.abs(np.median(filled[peaks])), LEAST_R)
+    return (signal / scale).astype(np.float32)

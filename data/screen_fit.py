@@ -138,7 +138,8 @@ def fit_cursor(band, times, candidate):
 
     # 2. The trace under it, the same before and after it has passed
     x0, x1 = find_extent(np.stack([still, still]), crossed_columns(W, line[0], line[-1]), 12)
-    if x0 > line[0] + 20 or x1 < line[-1] - 20:
+    under = min(x1, line[-1]) - max(x0, line[0])
+    if under < 0.75 * (line[-1] - line[0]):
         raise UserError("no trace is under the moving cursor")
     same = same_after_passing(band, line, margin=0.1 * pace)
     if same < 0.35:
@@ -193,8 +194,11 @@ def fit_sweep(band, times, candidate):
     first = candidate.start
     last = candidate.start + candidate.pace * times[-1]
     x0, x1 = find_extent(band, crossed_columns(W, first, last), REACH)
-    length, activity = find_length(band, times, candidate)
-    whole = length > 0
+    other, activity = find_length(band, times, candidate)
+    length = abs(other)
+    # The end of the later of the two: some of it must be in the strip
+    end = min(first, first + other) + candidate.pace * times[-1]
+    whole = length > 0 and end > x0 + 0.25 * candidate.pace
     if not whole:
         length = x1 - x0
     elif x1 - x0 > length:
@@ -204,8 +208,12 @@ def fit_sweep(band, times, candidate):
         x0 = int(places[(total[places + length] - total[places]).argmax()])
         x1 = x0 + length
     sweep = Sweep(candidate.pace, first, float(length), x0, x1, 0.0, 0.0)
-    for settled_s in (0.35, 0.2, 0.1):
+    for settled_s in (0.35, 0.2, 0.1, 0.1, 0.1, 0.1):
+        before = sweep
         sweep = refine_sweep(band, times, sweep, settled_s)
+        moved = abs(sweep.start - before.start) + abs(sweep.length - before.length)
+        if settled_s == 0.1 and moved < 1:
+            break
     if sweep.match < 0.35:
         raise UserError("no gap moves along the trace")
 
@@ -238,8 +246,8 @@ def sweep_columns(sweep, times, W):
 
 
 def find_length(band, times, candidate):
-    """Pixels from one sweep to the next, by the line of another sweep beside the candidate's; 0 if
-    there is none. And how much each column changes (W,)."""
+    """Pixels from the candidate's line to that of another sweep, before it (+) or after it (-);
+    0 if there is none. And how much each column changes (W,)."""
     # Every second row will do
     changes, middles = change_map(band[:, ::2], times)
     z = changes.mean(1)[:, None]                                        # T - 1, 1, W
@@ -255,7 +263,7 @@ def find_length(band, times, candidate):
     other = mean.argmax()
     if mean[other] < 0.4 * line[own] / max(counts[own], 4):
         return 0, activity
-    return int(distance[other]), activity
+    return int(other - own), activity
 
 
 def refine_sweep(band, times, sweep, settled_s):

@@ -22,6 +22,7 @@ BLOCK = 8           # rows of the reduced screen that are searched as one
 # Scores of what is looked at further. Speckle and moving tissue reach 15, 20 and 35; the weakest
 # phantom strips 19, 45 and 60.
 LEAST_SCORE = dict(sweep=18, cursor=25, scroll=45)
+UNLIKE = 1.3        # with a score so many times as high it is a cursor, not a sweep, or the reverse
 
 
 class Candidate(NamedTuple):
@@ -46,11 +47,15 @@ def find_candidates(feature, times, regions=()):
     x /= reduce ** 2
     x = x - uniform_filter(x, (1, 9, 9))
     changes, middles = change_map(x, times)
-    found = [
-        find_line("sweep", changes, middles, reduce),
-        find_line("cursor", anomaly_map(x), times, reduce),
-        find_scroll(x, times, reduce),
-    ]
+    sweep = find_line("sweep", changes, middles, reduce)
+    cursor = find_line("cursor", anomaly_map(x), times, reduce)
+    found = [find_scroll(x, times, reduce)]
+    # A cursor changes what it passes, too, and a gap is an anomaly. But a cursor is the greater
+    # anomaly, and a gap the greater change.
+    if sweep.score > cursor.score / UNLIKE:
+        found.append(sweep)
+    if cursor.score > sweep.score / UNLIKE:
+        found.append(cursor)
     found = [candidate for candidate in found if candidate.score > LEAST_SCORE[candidate.kind]]
     return sorted((prefer_regions(candidate, regions) for candidate in found), reverse=True)
 
