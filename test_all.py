@@ -733,6 +733,11 @@ def test_prepare_goes_on_after_a_crash(tmp_path, monkeypatch, capfd):
     assert [train.per_frame("video", i).max() for i in range(7)] == [0, 1, 2, 3, 5, 6, 7] and len(val) == 1
     assert (out / "train-00000/video.npy").stat().st_mtime_ns == before and train[3]["id"] == "clip 3"
     assert (out / "train-00001/skipped.txt").read_text() == "clip 4: damaged\n"
+    # A split without a clip keeps the reasons, and is no split
+    prepare(tmp_path / "few", {"leads": [], "command": "c"}, {"train": [0], "test": [4], "val": []}, numbered, 2)
+    assert (tmp_path / "few/test/skipped.txt").read_text() == "clip 4: damaged\n"
+    assert not (tmp_path / "few/val").exists()
+    refused("no split 'test'", Clips, tmp_path / "few", "test")
     assert "clip 4" in capfd.readouterr().err
 
 
@@ -1683,6 +1688,14 @@ def test_no_ecg_on_the_screen(name):
     look = screen_cines.Look(**NO_STRIP[name])
     frames, times, _, _ = screen_cines.draw_cine(look, seed=7)
     refused("no ECG is read off the screen", read_screen_ecg, frames, times)
+
+
+@pytest.mark.parametrize("shape", [(27, 54, 108), (20, 5, 3, 3), (30, 120, 700, 3), (12, 700, 110), (1, 200, 300, 3)])
+def test_screens_of_any_size(shape):
+    """A traceback, which would end the preparation of all files, where a screen is small, low or narrow."""
+    random = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    for frames in (random, np.zeros_like(random)):
+        refused("no ECG is read off the screen", read_screen_ecg, frames, np.arange(len(frames)) / 15)
 
 
 # ---------------------------------------------------------------------------- EchoXFlow

@@ -335,7 +335,7 @@ def extend_periodic(ecg, first, samples):
     index = np.arange(first, first + samples)
     inside = (index >= 0) & (index < N)
     index = np.where(inside, index, begin + (index - begin) % (end - begin))
-    longer = ecg[:, index]                                                                # L samples
+    longer = ecg[:, index]                                                          # L samples
 
     # Where two pieces meet there is a step. A ramp of 48 ms before it, half a QRS, closes it.
     for seam in np.flatnonzero(np.diff(index) != 1) + 1:

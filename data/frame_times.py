@@ -1,4 +1,4 @@
-"""Frames at uneven times -> frames at an even rate: used by the sources whose files store frame times.
+"""Frames at uneven times -> frames at an even rate: for sources whose files store frame times.
 
     at, fps = even_times(times)             # times (T,) s after the first frame
     video = resample_frames(video, times, at)

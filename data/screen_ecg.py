@@ -35,6 +35,7 @@ from data.screen_trace import to_signal, trace_ecg
 
 LEAST_FRAMES = 8
 LEAST_SECONDS = 0.7
+LEAST_SIDE = 100        # pixels of height and width
 MOST_FPS = 30           # of more frames a second, every second or third is looked at
 COLOURED = 60           # difference of the colours of a pixel, of 255, above which it is not grey
 BACKGROUND = 15         # pixels: a line is brighter than the mean over so many
@@ -66,6 +67,9 @@ def read_screen_ecg(frames, times, regions=()):
     if len(frames) < LEAST_FRAMES or times[-1] < LEAST_SECONDS:
         raise UserError(f"no ECG is read off the screen: it takes {LEAST_FRAMES} frames and "
                         f"{LEAST_SECONDS} s")
+    if min(frames.shape[1:3]) < LEAST_SIDE:
+        raise UserError(f"no ECG is read off the screen: the picture has less than {LEAST_SIDE} "
+                        "rows or columns")
     fps = (len(times) - 1) / times[-1]
     skip = max(1, int(fps / MOST_FPS + 0.01))
     reason = "no strip is found"

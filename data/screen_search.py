@@ -114,7 +114,8 @@ def find_line(kind, z, times, reduce):
             spread = (variance[blocks:] - variance[:-blocks])[:, None] * np.maximum(counts, 1)
             score /= np.sqrt(spread)
             score[:, counts < 5] = 0
-            if score.max() > best.score:
+            # A low screen has fewer blocks: then there is no score.
+            if score.max(initial=0) > best.score:
                 block, column = np.unravel_index(score.argmax(), score.shape)
                 start = float((column - pad) * step)
                 best = Candidate(float(score.max()), kind, float(pace), start,
@@ -188,7 +189,7 @@ def find_scroll(x, times, reduce):
         share = (like[blocks:] - like[:-blocks]) / (power[blocks:] - power[:-blocks])[:, None]
         # What stands still is like itself at the lowest pace, too
         score = 100 * (share - share[:, :1])
-        if score.max() > best.score:
+        if score.max(initial=0) > best.score:
             block, i = np.unravel_index(score.argmax(), score.shape)
             best = Candidate(float(score.max()), "scroll", float(paces[i]), 0.0,
                              block_rows(block, blocks, reduce))

@@ -193,8 +193,8 @@ def finish_set(out, part, folders):
         skipped += path.read_text().splitlines()
     for name in folders:
         if not (part / name / "video.npy").exists():
-            # no clip: only the reasons stay
-            (part / name / "clips.csv").unlink()
+            # no clip: only the reasons stay; missing_ok, as a crash may have come between
+            (part / name / "clips.csv").unlink(missing_ok=True)
             if not (part / name / "skipped.txt").exists():
                 (part / name).rmdir()
     if not any(part.glob("*/video.npy")):
