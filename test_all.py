@@ -1714,6 +1714,7 @@ def only_clip(src, rows, **flags):
     (dict(DepthStart=0.04, DepthEnd=0.12, Tilt=-0.2, Width=0.5), 0.05, -0.3)])
 def test_scan_conversion(end, zarr_format, geometry, depth, angle, tmp_path):
     """A picture mirrored, tilted the wrong way, squeezed, off by a pixel; a store that is not opened."""
+    pytest.importorskip("zarr")
     meters = geometry if "tilt_rad" in geometry else dict(zip(store.GEOMETRY, geometry.values()))
     frames = np.tile(store.beam_spot(meters, depth, angle), (75, 1, 1))
     row = store.write_cine(tmp_path, "e", "a", end=end, zarr_format=zarr_format, geometry=geometry,
@@ -1734,6 +1735,7 @@ def test_scan_conversion(end, zarr_format, geometry, depth, angle, tmp_path):
 
 def test_echoxflow_clip(tmp_path):
     """An ECG off the frames' clock; a gap that is filled; contours in the wrong frames or place."""
+    pytest.importorskip("zarr")
     times = np.arange(-0.6, 3.6, 1 / 400)
     kept = (times < 1.35) | (times > 1.9)                               # a gap over the beat at 1.6 but one
     kept &= (times < 0.1) | (times > 0.2)                               # and one that is bridged
@@ -1765,6 +1767,7 @@ def test_echoxflow_clip(tmp_path):
 
 def test_uneven_frames(tmp_path):
     """Uneven frame times that are averaged; a slow drift; --fps; an ECG that begins after frame 0."""
+    pytest.importorskip("zarr")
     steps = np.where(np.arange(75) % 2, 0.02, 0.06)
     drift = np.where(np.arange(75) < 40, 0.041, 0.0395)
     for step, fps, even in ((steps, 0, False), (drift, 0, False), (np.full(75, 0.04), 0, True), (steps, 30.0, False)):
@@ -1786,6 +1789,7 @@ def test_uneven_frames(tmp_path):
 
 def test_echoxflow_set(tmp_path, capfd):
     """A damaged store that ends all or goes in; Doppler taken for B-mode; an exam in two splits."""
+    pytest.importorskip("zarr")
     src, nan = tmp_path / "src", np.array([np.nan])
     t = np.float32(store.CLOCK + np.arange(75) / 25)
     bad = {
