@@ -14,8 +14,8 @@ In each of them a column of a frame shows a known time of the ECG, once the pace
 and the place of the writing point, cursor or right edge are known. The steps:
 
 1. data/screen_search.py finds where something moves evenly.
-2. data/screen_fit.py measures pace and place, and averages the strips of all frames into one long
-   strip, each column at its own time.
+2. data/screen_fit.py measures pace and place. Then the strips of all frames are averaged into one
+   long strip, each column at its own time.
 3. data/screen_trace.py follows the line with QRS complexes through it.
 4. This file checks the result: the line is in all frames, and its beats are alike.
 
@@ -24,23 +24,22 @@ T frames, H x W pixels, h rows of a band, U columns of the long strip.
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import uniform_filter
 
 from common.flags import UserError
 from data.dataset import ECG_HZ
 from data.ecg_signal import find_r_peaks
-from data.screen_fit import fit_cursor, fit_scroll, fit_sweep
-from data.screen_search import find_candidates
+from data.screen_fit import fit_cursor, fit_scroll, fit_sweep, unfold
+from data.screen_search import find_candidates, find_ridges
 from data.screen_trace import to_signal, trace_ecg
 
 LEAST_FRAMES = 8
 LEAST_SECONDS = 0.7
 LEAST_SIDE = 100        # pixels of height and width
 MOST_FPS = 30           # of more frames a second, every second or third is looked at
-COLOURED = 60           # difference of the colours of a pixel, of 255, above which it is not grey
-BACKGROUND = 15         # pixels: a line is brighter than the mean over so many
+COLOURED = 30           # difference of the colours of a pixel, of 255, above which it is not grey
 MARGIN = 110            # rows that are looked at above and below what moves
-LEAST_CONFIDENCE = 0.4
+NEAR = -1, 0, 1, -11, -10, -9, 9, 10, 11    # rows of a line, and of what is above and below
+LEAST_CONFIDENCE = 0.6
 LEAST_R = 5             # pixels: height of an R wave
 SURE = 0.9              # a confidence with which the other feature is not looked at
 LEAST_WHOLE = 0.75      # share of the cine for which the trace must be seen
@@ -73,20 +72,22 @@ def read_screen_ecg(frames, times, regions=()):
     fps = (len(times) - 1) / times[-1]
     skip = max(1, int(fps / MOST_FPS + 0.01))
     reason = "no strip is found"
+    times = times[::skip]
+    features = []
     found = []
     for feature in make_features(frames[::skip]):
-        for candidate in find_candidates(feature, times[::skip], regions):
+        features.append(feature)
+        for candidate in find_candidates(feature, times, regions):
             try:
-                found.append(read_candidate(feature, times[::skip], candidate))
+                found.append(read_candidate(features, times, candidate))
             except UserError as error:
                 reason = error
-        best = max(found, key=lambda screen: screen.confidence, default=None)
-        # The trace may be coloured and its cursor white: then brightness shows both.
-        if best and best.confidence > SURE:
-            return best
+                continue
+            if found[-1].confidence > SURE:
+                return found[-1]
     if not found:
         raise UserError(f"no ECG is read off the screen: {reason}")
-    return best
+    return max(found, key=lambda screen: screen.confidence)
 
 
 def erase_strip(frames, strip):
@@ -112,23 +113,37 @@ def make_features(frames):
     yield brightest
 
 
-def read_candidate(feature, times, candidate):
-    """The ScreenECG of a Candidate in feature (T, H, W); UserError where it shows none."""
+def read_candidate(features, times, candidate):
+    """The ScreenECG of a Candidate in the last of the features, (T, H, W) each; UserError where it
+    shows none."""
     y0 = max(0, candidate.rows[0] - MARGIN)
-    band = feature[:, y0:candidate.rows[1] + MARGIN].astype(np.float32)
-    band -= uniform_filter(band, (1, BACKGROUND, BACKGROUND))
-    band = band.clip(0)                                                 # T h W
-    strip = FIT[candidate.kind](band, times, candidate)
-    trace = trace_ecg(strip.image, strip.pace)
-    check_seen(band, strip.columns, trace.rows)
-    check_whole(strip.tau[np.isfinite(trace.rows)], strip.pace, times[-1])
-    ecg, start = to_signal(trace.rows, strip.tau)
-    ecg = scale_beats(ecg)
-    confidence = min(1.0, trace.crest / 10) * strip.match
+    y1 = candidate.rows[1] + MARGIN
+    bands = [feature[:, y0:y1] for feature in features]                 # T h W each
+    clock = FIT[candidate.kind](bands[-1], times, candidate)
+    # The trace may be coloured and its cursor white
+    for band in bands:
+        try:
+            trace, ecg, start = read_trace(band, clock, times[-1])
+            break
+        except UserError:
+            if band is bands[-1]:
+                raise
+    confidence = min(1.0, trace.crest / 10) * clock.match
     if confidence < LEAST_CONFIDENCE:
         raise UserError(f"the ECG is not sure enough ({confidence:.2f})")
-    box = strip.x0, max(0, y0 + trace.y0), strip.x1, min(feature.shape[1], y0 + trace.y1)
-    return ScreenECG(ecg, start, candidate.kind, confidence, box)
+    strip = clock.x0, max(0, y0 + trace.y0), clock.x1, min(features[0].shape[1], y0 + trace.y1)
+    return ScreenECG(ecg, start, candidate.kind, confidence, strip)
+
+
+def read_trace(band, clock, seconds):
+    """The Trace in band (T, h, W), the ECG (N,), and the time of its sample 0."""
+    # The mean first: speckle has ridges, its mean over time has none
+    image = find_ridges(unfold(band, clock.columns, len(clock.tau)))
+    trace = trace_ecg(image, clock.pace)
+    check_seen(band, clock.columns, trace.rows)
+    check_whole(clock.tau[np.isfinite(trace.rows)], clock.pace, seconds)
+    ecg, start = to_signal(trace.rows, clock.tau)
+    return trace, scale_beats(ecg), start
 
 
 # ---------------------------------------------------------------------------- checks
@@ -146,11 +161,11 @@ def check_seen(band, columns, rows):
         x = np.flatnonzero((columns[t] >= 0) & (columns[t] < len(rows)))
         x = x[rows[columns[t, x]] >= 0]
         row = rows[columns[t, x]]
-        # Speckle is bright, too: the rows of the line against those 10 above
-        line = [band[t, (row + shift).clip(0, h - 1), x] for shift in (-1, 0, 1)]
-        above = [band[t, (row + shift).clip(0, h - 1), x] for shift in (-11, -10, -9)]
+        # Speckle is bright, too: the rows of the line against those 10 above and 10 below
+        near = [band[t, (row + shift).clip(0, h - 1), x].astype(float) for shift in NEAR]
+        line, above, below = np.max(np.reshape(near, (3, 3, -1)), 1)
         if len(x):
-            seen[t] = np.max(line, 0).mean() - np.max(above, 0).mean()
+            seen[t] = (line - np.maximum(above, below)).mean()
     gone = seen < 0.4 * np.percentile(seen, 80)
     if gone.mean() > 0.08:
         raise UserError(f"the trace is in {T - gone.sum()} of {T} frames only")

@@ -1,11 +1,11 @@
 """Which time of the ECG each column of each frame shows. The second step of data/screen_ecg.py.
 
-    fit_sweep, fit_cursor, fit_scroll (band (T, h, W), times (T,) s, Candidate) -> Unfolded
+    fit_sweep, fit_cursor, fit_scroll (band (T, h, W), times (T,) s, Candidate) -> Clock
 
 The pace and the place of the writing point, cursor or right edge are measured in each frame, to a
-fraction of a pixel over all. Then the columns of all frames are put at their own times, into one
-long strip, and averaged there. The trace adds up; speckle under it moves in another way and does
-not.
+fraction of a pixel over all. Then `unfold` puts the columns of all frames at their own times, into
+one long strip, and averages them there. The trace adds up; speckle under it moves in another way
+and does not.
 
 T frames; h x W pixels of a band of the screen; U columns of the long strip, one pixel each.
 """
@@ -15,16 +15,18 @@ import numpy as np
 from scipy.ndimage import gaussian_filter1d, median_filter
 
 from common.flags import UserError
-from data.screen_search import change_map, line_sums, shift_correlation
+from data.screen_search import change_map, find_ridges, line_sums, shift_correlation
 from data.screen_trace import least_cost_path
 
 REACH = 60          # pixels around the expected writing point in which it is looked for
+SAME = 0.5          # alike before and after: a cursor has passed a trace, and no new sweep
+CURSOR = 8          # pixels to both sides of a cursor that it may cover
+LONGEST_GAP = 45    # pixels
 SIDE = 20           # pixels of trace before the writing point that are compared with the gap
 
 
-class Unfolded(NamedTuple):
-    """The long strip, and how it was made."""
-    image: np.ndarray   # (U, h) brightness, 0 where nothing was seen
+class Clock(NamedTuple):
+    """Which time of the ECG each column of the long strip shows, and of each frame."""
     tau: np.ndarray     # (U,) time of each column in s, on the frames' clock
     columns: np.ndarray  # (T, W) column of the long strip that each column of a frame shows, or -1
     pace: float         # columns a second
@@ -42,6 +44,7 @@ class Sweep(NamedTuple):
     x1: int             # behind the last
     gap: float          # pixels after the writing point without a trace
     match: float        # by how much the trace is there before the writing point and not after it
+    error: float        # pixels by which the writing point is off its line in half of the frames
 
 
 def unfold(band, columns, U):
@@ -56,17 +59,14 @@ def unfold(band, columns, U):
     return image / np.maximum(counts, 1)[:, None]
 
 
-def find_extent(band, crossed, hole):
-    """Columns (x0, x1) of the trace in band (T, h, W), around the columns (W,) that are crossed.
-
-    Holes of up to `hole` pixels are bridged.
-    """
-    parts = np.array_split(band, np.clip(len(band) // 4, 2, 6))
-    bright = np.max([gaussian_filter1d(part.mean(0), 1, 0).max(0) for part in parts], 0)
+def find_extent(pictures, crossed, percent, hole):
+    """Columns (x0, x1) of the trace in pictures (n, h, W), around the columns (W,) that are
+    crossed: half as bright as that percentile of them. Holes of up to `hole` pixels are bridged."""
+    bright = gaussian_filter1d(find_ridges(np.stack(pictures)), 1, 1).max((0, 1))
     bright = median_filter(bright, 9)
     if not crossed.any():
         raise UserError("the writing point leaves the screen")
-    return longest_run(bright > 0.5 * np.median(bright[crossed]), crossed, hole)
+    return longest_run(bright > 0.5 * np.percentile(bright[crossed], percent), crossed, hole)
 
 
 def longest_run(present, weight, hole):
@@ -122,11 +122,11 @@ def fit_sweep_lines(times, places, sweeps, length):
 # ---------------------------------------------------------------------------- cursor
 
 def fit_cursor(band, times, candidate):
-    """Unfolded of a trace that stands still, along which a cursor moves."""
+    """Clock of a trace that stands still, along which a cursor moves."""
     T, h, W = band.shape
     still = np.median(band, 0)                                          # h W
     # 1. The pace of the cursor
-    bright = (band - still).clip(0).sum(1)                              # T W
+    bright = find_ridges(np.maximum(band, still) - still).sum(1)        # T W
     line = candidate.start + candidate.pace * times
     design = np.stack([times, np.ones(T)], 1)
     for _ in range(2):
@@ -137,20 +137,21 @@ def fit_cursor(band, times, candidate):
     pace, start = (float(value) for value in solution)
 
     # 2. The trace under it, the same before and after it has passed
-    x0, x1 = find_extent(np.stack([still, still]), crossed_columns(W, line[0], line[-1]), 12)
+    x0, x1 = find_extent([still], crossed_columns(W, line[0], line[-1]), 20, 12)
     under = min(x1, line[-1]) - max(x0, line[0])
     if under < 0.75 * (line[-1] - line[0]):
         raise UserError("no trace is under the moving cursor")
     same = same_after_passing(band, line, margin=0.1 * pace)
-    if same < 0.35:
+    if same < SAME:
         raise UserError("what the cursor passes does not stand still")
 
     # 3. The long strip is the strip on the screen, without the cursor
-    columns = np.arange(W) - x0
-    columns[x1:] = -1
+    x = np.arange(W)
+    columns = np.tile(x - x0, (T, 1))
+    columns[:, x1:] = -1
+    columns[np.abs(x - line[:, None]) < CURSOR] = -1
     tau = (np.arange(x0, x1) - start) / pace
-    return Unfolded(still[:, x0:x1].T, tau, np.tile(columns, (T, 1)), pace, x0, x1,
-                    min(1.0, same / 0.7))
+    return Clock(tau, columns, pace, x0, x1, min(1.0, same / 0.7))
 
 
 def cursor_places(bright, line):
@@ -169,7 +170,7 @@ def cursor_places(bright, line):
 
 
 def same_after_passing(band, line, margin):
-    """Correlation of the band (T, h, W) before and after the line (T,) has passed a column."""
+    """How alike the band (T, h, W) is before and after the line (T,) has passed, 1 = the same."""
     ahead = np.arange(band.shape[2]) - line[:, None]                    # T W
     means = []
     known = True
@@ -181,52 +182,64 @@ def same_after_passing(band, line, margin):
     if known.sum() < 10:
         return 0.0
     # The base of the ECG stays in its row in any case: rows are compared without their means
-    before, after = (mean[:, known] - mean[:, known].mean(1, keepdims=True) for mean in means)
-    norm = np.sqrt((before ** 2).sum() * (after ** 2).sum())
-    return float((before * after).sum() / max(norm, 1))
+    means = find_ridges(np.stack(means))[:, :, known]
+    before, after = means - means.mean(2, keepdims=True)
+    # Against the greater: before the first sweep there may be ticks only
+    power = max((before ** 2).sum(), (after ** 2).sum(), 1)
+    return float((before * after).sum() / power)
 
 
 # ---------------------------------------------------------------------------- sweep
 
 def fit_sweep(band, times, candidate):
-    """Unfolded of a trace that is written over the sweep before."""
+    """Clock of a trace that is written over the sweep before."""
     W = band.shape[2]
     first = candidate.start
     last = candidate.start + candidate.pace * times[-1]
-    x0, x1 = find_extent(band, crossed_columns(W, first, last), REACH)
-    other, activity = find_length(band, times, candidate)
+    line = first + candidate.pace * times
+    if same_after_passing(band, line, margin=0.1 * candidate.pace) > SAME:
+        raise UserError("what the writing point passes is not written anew")
+    parts = np.array_split(band, np.clip(len(band) // 4, 2, 6))
+    parts = [part.mean(0) for part in parts]
+    x0, x1 = find_extent(parts, crossed_columns(W, first, last), 50, REACH)
+    # What is always there, such as an axis, shows no gap
+    band = band - band.min(0)
+    ridges = find_ridges(band)
+    other, activity = find_length(ridges, times, candidate)
     length = abs(other)
     # The end of the later of the two: some of it must be in the strip
     end = min(first, first + other) + candidate.pace * times[-1]
-    whole = length > 0 and end > x0 + 0.25 * candidate.pace
+    whole = length > 0 and end > x0 + 0.6 * candidate.pace
     if not whole:
         length = x1 - x0
-    elif x1 - x0 > length:
+    elif x1 - x0 > length + LONGEST_GAP:
         # A text beside the trace: it does not change
         total = np.cumsum(np.append(0, activity))
         places = np.arange(x0, x1 - length + 1)
         x0 = int(places[(total[places + length] - total[places]).argmax()])
         x1 = x0 + length
-    sweep = Sweep(candidate.pace, first, float(length), x0, x1, 0.0, 0.0)
+    sweep = Sweep(candidate.pace, first, float(length), x0, x1, 0.0, 0.0, 0.0)
     for settled_s in (0.35, 0.2, 0.1, 0.1, 0.1, 0.1):
         before = sweep
-        sweep = refine_sweep(band, times, sweep, settled_s)
+        sweep = refine_sweep(band, ridges, times, sweep, settled_s)
         moved = abs(sweep.start - before.start) + abs(sweep.length - before.length)
         if settled_s == 0.1 and moved < 1:
             break
+    if sweep.error > 2:
+        raise UserError("the writing point does not move evenly")
     if sweep.match < 0.35:
         raise UserError("no gap moves along the trace")
 
     columns, age = sweep_columns(sweep, times, W)
-    # Next to the writing point there is half a trace, or none
-    columns[(age < 2) | (age > sweep.length - sweep.gap - 3)] = -1
+    # Next to the writing point there is half a trace, or none, or a bar
+    columns[(age < 4) | (age > sweep.length - sweep.gap - 3)] = -1
     if not whole:
         # Right of the writing point is the sweep before. When it was written is not known.
         now = sweep.start + sweep.pace * times[:, None]
         columns[np.arange(W) > (now - x0) % length + x0] = -1
     U = strip_length(sweep, times)
     tau = (np.arange(U) - round(sweep.length)) / sweep.pace
-    return Unfolded(unfold(band, columns, U), tau, columns, sweep.pace, x0, x1, sweep.match)
+    return Clock(tau, columns, sweep.pace, x0, x1, sweep.match)
 
 
 def strip_length(sweep, times):
@@ -266,26 +279,32 @@ def find_length(band, times, candidate):
     return int(other - own), activity
 
 
-def refine_sweep(band, times, sweep, settled_s):
+def refine_sweep(band, ridges, times, sweep, settled_s):
     """The Sweep with the pace, start, length and gap that the frames show.
 
-    settled_s: what was written so many seconds ago is there, however wrong the start is.
+    band (T, h, W) without what is always there, ridges (T, h, W): the lines in it. settled_s: what
+    was written so many seconds ago is there, however wrong the start is.
     """
-    # 1. How the trace will look. What is always there, such as an axis, shows no gap.
-    band = band - band.min(0)
+    # 1. How the trace will look
     columns, age = sweep_columns(sweep, times, band.shape[2])
     settled = (age > settled_s * sweep.pace) & (age < 0.8 * sweep.length)
     image = unfold(band, np.where(settled, columns, -1), strip_length(sweep, times))
+    image = find_ridges(image)
+    # Most of the rest is speckle
+    image[image < 0.5 * image.max(1, keepdims=True)] = 0
 
     # 2. How much of it is there already, around the writing point
-    match = match_around(band, times, sweep, image)                     # T 2 * REACH
+    match = match_around(ridges, times, sweep, image)                   # T 2 * REACH
     enough = np.isfinite(match).sum(1) > 40
     if enough.sum() < 5:
         raise UserError("the writing point is seen in too few frames")
     some = np.isfinite(match).any(0)
     profile = np.zeros(2 * REACH)
     profile[some] = np.nanmedian(match[:, some], 0)
-    edge, gap = find_gap(profile)
+    # Speckle is like the trace to some degree, too
+    level = np.percentile(profile[some], 10).clip(0, 0.6)
+    edge, gap = find_gap((profile - level) / (1 - level))
+    match = (match - level) / (1 - level)
     inside = profile[edge + 1:edge + max(3, gap - 1)]
     contrast = profile[max(edge - SIDE, 0):edge - 2].mean() - inside.mean()
 
@@ -297,9 +316,9 @@ def refine_sweep(band, times, sweep, settled_s):
     for t in np.flatnonzero(enough):
         places[t] = now[t] + find_edge(match[t], gap, edge) - REACH - sweeps[t] * sweep.length
     pace, start, length, error = fit_sweep_lines(times, places, sweeps, sweep.length)
-    if error > 4 or not 100 < length < 2000 or pace < 20:
+    if not 100 < length < 2000 or pace < 20:
         raise UserError("the writing point does not move evenly")
-    return sweep._replace(pace=pace, start=start, length=length, gap=float(gap),
+    return sweep._replace(pace=pace, start=start, length=length, gap=float(gap), error=error,
                           match=float(np.clip(contrast, 0, 1)))
 
 
@@ -324,7 +343,7 @@ def match_around(band, times, sweep, image):
 def find_gap(profile):
     """Where in a profile (2 * REACH,) of 1 = trace a gap begins, and how long it is."""
     best = -np.inf
-    for gap in range(3, 46):
+    for gap in range(3, LONGEST_GAP + 1):
         # behind the gap there is the sweep before
         total = np.cumsum(np.append(0, profile - 0.5))
         edge = np.arange(SIDE, len(profile) - gap - 8)
@@ -367,10 +386,11 @@ def right_edge(bright, x0, x1):
 
 
 def fit_scroll(band, times, candidate):
-    """Unfolded of a trace that moves to the left, the newest part at the right edge."""
+    """Clock of a trace that moves to the left, the newest part at the right edge."""
     T, h, W = band.shape
+    ridges = find_ridges(band)
     # 1. The pace, from ever longer lags
-    moving = band - np.median(band, 0)
+    moving = ridges - np.median(ridges, 0)
     pace = candidate.pace
     for lag, width in ((0.2, 0.06), (0.5, 0.02), (0.9, 0.006)):
         if lag < 0.7 * times[-1]:
@@ -382,8 +402,8 @@ def fit_scroll(band, times, candidate):
     # 2. Where on the screen the trace is: along its path all else is darker
     columns = np.round(np.arange(W) + pace * times[:, None]).astype(int)
     U = int(columns.max()) + 1
-    path = least_cost_path(unfold(band, columns, U))
-    on_path = [band[t, path[columns[t]], np.arange(W)] for t in range(T)]
+    path = least_cost_path(find_ridges(unfold(band, columns, U)))
+    on_path = [ridges[t, path[columns[t]], np.arange(W)] for t in range(T)]
     bright = np.mean(on_path, 0)                                        # W
     x0, x1 = longest_run(*steady(bright, 6), 30)
     x1 = right_edge(gaussian_filter1d(bright, 1.5), x0, x1)
@@ -392,4 +412,4 @@ def fit_scroll(band, times, candidate):
     columns[:, :x0] = -1
     columns[:, x1:] = -1
     tau = (np.arange(U) + 0.5 - x1) / pace
-    return Unfolded(unfold(band, columns, U), tau, columns, pace, x0, x1, candidate.score / 100)
+    return Clock(tau, columns, pace, x0, x1, min(1.0, candidate.score / 75))

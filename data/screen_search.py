@@ -15,14 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.fft import rfft, rfftfreq
-from scipy.ndimage import uniform_filter
+from scipy.ndimage import uniform_filter, uniform_filter1d
 
 PACES = np.exp(np.arange(np.log(38), np.log(720), 0.012))   # pixels a second that are tried
+SIDE = 7            # pixels beside a line: it is brighter than their mean
+NEXT = 7            # pixels from the middle of a line to the middle of these
 BLOCK = 8           # rows of the reduced screen that are searched as one
 # Scores of what is looked at further. Speckle and moving tissue reach 15, 20 and 35; the weakest
 # phantom strips 19, 45 and 60.
 LEAST_SCORE = dict(sweep=18, cursor=25, scroll=45)
-UNLIKE = 1.3        # with a score so many times as high it is a cursor, not a sweep, or the reverse
 
 
 class Candidate(NamedTuple):
@@ -47,15 +48,11 @@ def find_candidates(feature, times, regions=()):
     x /= reduce ** 2
     x = x - uniform_filter(x, (1, 9, 9))
     changes, middles = change_map(x, times)
-    sweep = find_line("sweep", changes, middles, reduce)
-    cursor = find_line("cursor", anomaly_map(x), times, reduce)
-    found = [find_scroll(x, times, reduce)]
-    # A cursor changes what it passes, too, and a gap is an anomaly. But a cursor is the greater
-    # anomaly, and a gap the greater change.
-    if sweep.score > cursor.score / UNLIKE:
-        found.append(sweep)
-    if cursor.score > sweep.score / UNLIKE:
-        found.append(cursor)
+    found = [
+        find_line("sweep", changes, middles, reduce),
+        find_line("cursor", anomaly_map(x), times, reduce),
+        find_scroll(x, times, reduce),
+    ]
     found = [candidate for candidate in found if candidate.score > LEAST_SCORE[candidate.kind]]
     return sorted((prefer_regions(candidate, regions) for candidate in found), reverse=True)
 
@@ -67,6 +64,21 @@ def prefer_regions(candidate, regions):
         if y0 < region[3] and y1 > region[1]:
             return candidate._replace(score=1.5 * candidate.score)
     return candidate
+
+
+def find_ridges(feature):
+    """How much brighter each pixel of feature (..., h, W) is than what is to both its sides, above
+    and below or left and right: float32, 0 or more. So it shows lines.
+
+    The edge of the sector is no line, since one of its sides is as bright.
+    """
+    x = feature.astype(np.float32)
+    ridges = np.zeros_like(x)
+    for axis in (-2, -1):
+        side = uniform_filter1d(x, SIDE, axis)
+        sides = np.maximum(np.roll(side, NEXT, axis), np.roll(side, -NEXT, axis))
+        ridges = np.maximum(ridges, x - sides)
+    return ridges
 
 
 # ---------------------------------------------------------------------------- what moves

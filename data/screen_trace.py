@@ -7,7 +7,8 @@ The strip may show other lines, too: a breath, an axis. The ECG is the one with 
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import gaussian_filter1d, maximum_filter1d, minimum_filter1d, uniform_filter1d
+from scipy.ndimage import (gaussian_filter1d, maximum_filter1d, median_filter, minimum_filter1d,
+                           uniform_filter1d)
 from scipy.signal import butter, sosfiltfilt
 
 from common.flags import UserError
@@ -32,6 +33,7 @@ class Trace(NamedTuple):
 def trace_ecg(image, pace):
     """The Trace in a long strip (U, h) of `pace` columns a second; UserError: it shows no ECG."""
     U = len(image)
+    image = even_brightness(image)
     left = image.copy()
     brightest = 0
     best = None
@@ -56,8 +58,23 @@ def trace_ecg(image, pace):
     if best is None:
         raise UserError("no line with QRS complexes is found in what moves")
     _, crest, rows, inked, level = best
-    y0, y1 = check_single_line(image > 0.5 * level, inked)
+    y0, y1 = check_single_line(image > 0.9 * level, inked)
     return Trace(rows, crest, y0, y1)
+
+
+def even_brightness(image):
+    """The long strip (U, h) with 100 where a line is, however bright, and less where none is.
+
+    A half transparent line is less bright over the sector than beside it.
+    """
+    # Half as bright as the lines around it will do, but not what all of the strip is full of
+    usual = median_filter(image.max(1), 61)
+    if not usual.any():
+        raise UserError("no line is seen in what moves")
+    noise = np.percentile(image[usual > 0], 90)
+    full = np.maximum(0.5 * usual, 0.15 * np.percentile(usual, 80))
+    full = np.maximum(full, 6 * noise) + 1e-3
+    return 100 * np.minimum(image / full[:, None], 1)
 
 
 def check_single_line(bright, inked):

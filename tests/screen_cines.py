@@ -18,7 +18,8 @@ class Look:
     """How one machine draws its strip."""
     kind: str = "sweep"         # sweep, cursor, scroll; frozen: no cursor, none: no trace
     colour: str = "green"
-    place: str = "under"        # under or over the sector, or within its lower edge
+    place: str = "under"        # under or over the sector, within it, or across its lower edge
+    gain: float = 1.0           # how bright the sector is
     alpha: float = 1.0          # 1 = opaque
     fps: float = 25
     seconds: float = 3
@@ -29,6 +30,7 @@ class Look:
     smooth: bool = True         # antialiased
     gap: int = 15               # of a sweep, pixels
     marker: str = "bar"         # of the cursor: bar, dot, triangle
+    marker_colour: str = ""     # that of the trace if empty
     blank: bool = False         # the first sweep begins in the middle of an empty strip
     clutter: tuple = ()         # of: r_marks, rate, ticks, axis, breath
     only_breath: bool = False   # no ECG but a respiration trace
@@ -87,6 +89,7 @@ def draw_strip(look, t, signal, r_peaks, height):
     scale = SCALE if look.smooth else 1
     canvas = Image.new("L", (look.width * scale, height * scale))
     second = canvas.copy()
+    third = canvas.copy()
     draw = ImageDraw.Draw(canvas)
     x, shown = trace_times(look, t)
     line = look.line * scale
@@ -107,10 +110,10 @@ def draw_strip(look, t, signal, r_peaks, height):
         row = np.interp(at, x, y) if look.marker == "dot" else height - 6
         reach = {"bar": (0.7, height), "dot": (3, 3), "triangle": (4, 5)}[look.marker]
         box = [at - reach[0], row - reach[1], at + reach[0], row + reach[1]]
-        draw.rectangle([v * scale for v in box], fill=255)
-    layers = [np.asarray(im.reduce(scale)) / 255.0 * look.alpha for im in (canvas, second)]
-    colours = [np.array(COLOURS[look.colour]), np.array(COLOURS["white"])]
-    return list(zip(layers, colours))
+        ImageDraw.Draw(third).rectangle([v * scale for v in box], fill=255)
+    layers = [np.asarray(im.reduce(scale)) / 255.0 * look.alpha for im in (canvas, second, third)]
+    colours = [look.colour, "white", look.marker_colour or look.colour]
+    return [(layer, np.array(COLOURS[colour])) for layer, colour in zip(layers, colours)]
 
 
 def draw_clutter(look, draw, scale, x, shown, r_peaks, height):
@@ -140,10 +143,12 @@ def draw_cine(look, seed, rows=440, columns=600):
     def signal(t):
         return np.interp(t, clock, trace)
     height = look.height + 45
-    top = {"under": rows - height - 8, "over": 8, "within": rows - height - 60}[look.place]
+    top = {"under": rows - height - 8, "over": 8, "within": rows - height - 60,
+           "edge": rows - height - 8}[look.place]
     left = round((columns - look.width) * rng.uniform(0.2, 0.9))
-    sector_rows = rows - height - 26 if look.place != "within" else rows - 40
+    sector_rows = rows - height - 26 if look.place in ("under", "over") else rows - 40
     sector = moving_sector(rng, times, sector_rows, min(columns - 60, sector_rows * 5 // 4))
+    sector = (look.gain * sector).clip(0, 255)
     y0 = height + 16 if look.place == "over" else 8
     x0 = (columns - sector.shape[2]) // 2
     frames = []
