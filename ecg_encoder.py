@@ -26,10 +26,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.checkpoint import check_out, load_state, read_file, save_state, save_weights
-from common.flags import UserError, parse_flags, run_main
-from common.training import (Log, all_mean, check_training, ema_update, init_distributed,
-                             model_config, optimizer_step, schedule)
+from common.checkpoint import check_out, read_file, save_state, save_weights
+from common.flags import UserError, parse_flags
+from common.training import (Log, all_mean, check_training, ema_update, first_of_node,
+                             init_distributed, model_config, optimizer_step, resume, run_settings,
+                             run_training, schedule)
 from data.dataset import LEADS, Clips, RandomWindows, batches
 from data.ecg_signal import clean_ecg
 from tokenizer import Block, parameter_count
@@ -330,8 +331,9 @@ def main():
     ema = copy.deepcopy(raw).eval()
     parts = {"model": raw, "ema": ema, "optimizer": optimizer}
 
-    # ---- resume
-    step, seconds = load_state(state_path, parts) if config.resume else (0, 0.0)
+    # ---- resume: all ranks start from the same step, with the same settings, clips and weights
+    settings = run_settings(config, world, train.clips)
+    step, seconds = resume(settings, state_path, parts)
 
     # ---- DDP
     model = raw
@@ -351,9 +353,9 @@ def main():
         done, lr = schedule(config, step, seconds, device)
 
         # save the encoder alone, and the state with the decoder
-        if rank == 0 and step > 0 and (done >= 1 or step % config.save_every == 0):
+        if first_of_node() and step > 0 and (done >= 1 or step % config.save_every == 0):
             save_weights(config.out, "ecg_encoder", ema.encoder, step)
-            save_state(state_path, parts, step, seconds)
+            save_state(state_path, parts, step=step, seconds=seconds, settings=settings)
         if done >= 1:
             break
 
@@ -382,4 +384,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_training(main)

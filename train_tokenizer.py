@@ -26,11 +26,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 
 import tokenizer
-from common.checkpoint import (check_out, load_state, load_weights, read_file, save_state,
-                               save_weights)
-from common.flags import UserError, parse_flags, run_main
+from common.checkpoint import check_out, load_weights, read_file, save_state, save_weights
+from common.flags import UserError, parse_flags
 from common.training import (Log, all_mean, average, bfloat16, check_training, ema_update,
-                             init_distributed, model_config, optimizer_step, schedule)
+                             first_of_node, gradient_sync, init_distributed, model_config,
+                             optimizer_step, resume, run_settings, run_training, schedule)
 from data.dataset import Clips, RandomWindows, batches, random_shift_and_flip
 from tokenizer import (Tokenizer, TokenizerConfig, add_lora, codebook_usage, index_counts,
                        lora_state_dict, merge_lora, parameter_count)
@@ -381,8 +381,9 @@ def main():
         optimizer_d = torch.optim.AdamW(discriminator.parameters(), betas=(0.5, 0.9), fused=True)
         parts |= {"discriminator": discriminator, "optimizer_d": optimizer_d}
 
-    # ---- resume
-    step, seconds = load_state(state_path, parts) if config.resume else (0, 0.0)
+    # ---- resume: all ranks start from the same step, with the same settings, clips and weights
+    settings = run_settings(config, world, train.clips)
+    step, seconds = resume(settings, state_path, parts)
 
     # ---- compile and DDP: `model` is called, `raw` holds its parameters
     functorch.donated_buffer = False        # Eq. 6 asks the compiled graph twice for gradients
@@ -410,22 +411,23 @@ def main():
             results = log.write(step, **results)
 
         # save
-        if rank == 0 and step > 0 and (done >= 1 or step % config.save_every == 0):
+        if first_of_node() and step > 0 and (done >= 1 or step % config.save_every == 0):
             save(config, ema, step, losses=losses)
-            save_state(state_path, parts, step, seconds)
+            save_state(state_path, parts, step=step, seconds=seconds, settings=settings)
         if done >= 1:
             break
 
-        # accumulate the gradients of one or more batches
-        for _ in range(config.accumulate):
+        # accumulate the gradients of one or more batches; the ranks average them after the last
+        for k in range(config.accumulate):
             batch = log.wait(loader)
             video = batch["video"].to(device, non_blocking=True)            # B C T+1 H W
             frame = (batch["uniform"][:, 0].to(device) * config.frames).long()
-            with bfloat16(device, config.bf16):
-                loss, tokens, values = batch_loss(
-                    config, model, video, frame, raw=raw, vgg16=vgg16, discriminator=judge,
-                    done=done)
-            (loss / config.accumulate).backward()
+            with gradient_sync(model, wanted=k == config.accumulate - 1):
+                with bfloat16(device, config.bf16):
+                    loss, tokens, values = batch_loss(
+                        config, model, video, frame, raw=raw, vgg16=vgg16, discriminator=judge,
+                        done=done)
+                (loss / config.accumulate).backward()
 
         # clip the gradient, step, EMA
         optimizer_step(config, raw, optimizer, lr=lr, step=step, clips=train.clips, batch=batch,
@@ -455,4 +457,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_training(main)

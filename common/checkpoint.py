@@ -42,7 +42,8 @@ def save_atomic(content, path):
 
     After a crash either the old file or the new file is there, never half a file.
     """
-    part = Path(f"{path}.part")
+    # Two nodes that share a disk both write: each has a temporary file of its own.
+    part = Path(f"{path}.{os.environ.get('RANK', 0)}.part")
     with open(part, "wb") as file:
         torch.save(content, file)
         # The bytes must be on the disk before the new name points to them.
@@ -127,10 +128,16 @@ def check_same(path, config, expected):
 
 
 def pack(source, target):
-    """Copy the weights of a folder in half precision, which is how weights/ is shipped."""
-    Path(target).mkdir(exist_ok=True)
+    """Copy the weights of a folder in half precision, which is how weights/ is shipped.
+
+    A stage that the folder lacks is left out.
+    """
+    Path(target).mkdir(parents=True, exist_ok=True)
     for stage in ("tokenizer", "ecg_encoder", "generator", "segmenter"):
-        saved = read_file(Path(source) / f"{stage}.pt")
+        path = Path(source) / f"{stage}.pt"
+        if not path.exists():
+            continue
+        saved = read_file(path)
         for key, value in saved["model"].items():
             if value.is_floating_point():
                 saved["model"][key] = value.half()
@@ -158,21 +165,51 @@ def check_out(config, stage):
     return state
 
 
-def save_state(path, parts, step, seconds):
+# Settings that do not make another training of it, so --resume takes new ones. The places of data
+# and weights are among them: what lies there is compared, by its hash.
+MAY_CHANGE = {"steps", "minutes", "workers", "compile", "log_every", "eval_every", "save_every",
+              "data", "weights", "out", "resume", "init_from"}
+
+
+def save_state(path, parts, *, step, seconds, settings):
     """Write all that --resume needs. parts: {name: module or optimizer}.
 
+    settings: what the training was started with, {name: value}, from training.run_settings.
     Random generators have no state to save: each draw is a function of (seed, item number).
     """
     content = {name: part.state_dict() for name, part in parts.items()}
-    save_atomic(content | {"step": step, "seconds": seconds}, path)
+    more = {"step": step, "seconds": seconds, "settings": settings}
+    save_atomic(content | more, path)
 
 
-def load_state(path, parts):
-    """Load a saved state back into `parts`; returns (step, seconds), both 0 if there is none."""
+def differences(ours, theirs, ignored):
+    """Names that two dicts of settings both have with different values, but for `ignored`."""
+    common = [name for name in ours if name in theirs and name not in ignored]
+    return [name for name in common if ours[name] != theirs[name]]
+
+
+def read_state(path, settings):
+    """The state that a training saved, None if there is none.
+
+    UserError if it was saved with other settings than these.
+    """
     if not path.exists():
-        print(f"{path}: nothing saved yet, starting from step 0")
-        return 0, 0.0
+        return None
     saved = read_file(path)
+    if not isinstance(saved, dict) or not {"model", "step"} <= saved.keys():
+        raise UserError(f"{path} holds no state of a training")
+    # A state of an older version has no settings.
+    before = saved.get("settings", {})
+    changed = [f"{name}={before[name]}, now it is {name}={settings[name]}"
+               for name in differences(settings, before, MAY_CHANGE)]
+    if changed:
+        raise UserError(f"{path} was saved with {'; with '.join(changed)}; give --resume the "
+                        "same settings, or choose another --out")
+    return saved
+
+
+def load_state(path, parts, saved):
+    """Load a state that was read from `path` back into `parts`; UserError if it does not fit."""
     for name, part in parts.items():
         if name not in saved:
             raise UserError(f"{path} has no {name}: it was saved by a training with other flags")
@@ -183,6 +220,5 @@ def load_state(path, parts):
         try:
             part.load_state_dict(state)
         except (RuntimeError, ValueError, KeyError):
-            raise UserError(f"{path} was saved by a training with other flags: its {name} has other "
-                            "sizes") from None
-    return saved["step"], saved["seconds"]
+            raise UserError(f"{path} was saved by a training with other flags: its {name} has "
+                            "other sizes") from None

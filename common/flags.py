@@ -12,11 +12,14 @@
 """
 import inspect
 import math
+import os
 import re
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
+
+from tqdm import tqdm
 
 BOOLS = {"1": True, "true": True, "0": False, "false": False}
 KIND_NAMES = {int: "a whole number", float: "a number", bool: "0 or 1"}
@@ -26,13 +29,27 @@ class UserError(Exception):
     """An error that the user can correct: shown as one line on stderr, exit code 2."""
 
 
+def print_error(reason):
+    """The one line of an error, on stderr, behind the name of the script."""
+    # tqdm.write puts it on a line of its own, not behind a progress bar.
+    tqdm.write(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
+    sys.stderr.flush()
+
+
 def run_main(main):
     """Call main(); a UserError becomes its one line and exit code 2."""
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print_error(error)
         sys.exit(2)
+
+
+def refuse_torchrun():
+    """UserError under torchrun: for what runs in one process, which would run once in each."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        raise UserError(f"runs in one process, not in torchrun's {world}: start it with python")
 
 
 def field_comments(config):

@@ -1,19 +1,27 @@
-"""What all trainings share: start, learning rate, EMA, optimizer step, log.
+"""What all trainings share: start, end, ranks, resume, learning rate, EMA, optimizer step, log.
 
 Used by train_tokenizer.py, train_generator.py, ecg_encoder.py and metrics/lv_segmenter.py.
 """
+import gc
+import hashlib
 import json
 import math
 import os
+import re
+import sys
 import time
-from dataclasses import fields
+import traceback
+from contextlib import nullcontext
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common.flags import UserError
+from common.checkpoint import differences, load_state, read_state
+from common.flags import UserError, print_error, run_main
 
 
 # ---------------------------------------------------------------------------- start
@@ -72,13 +80,59 @@ def init_distributed(seed):
     return device, rank, world
 
 
+def run_training(main):
+    """run_main of a trainer. Under torchrun it also ends the process, whatever has happened."""
+    if "RANK" not in os.environ:
+        run_main(main)      # never returns
+
+    code = 0
+    try:
+        run_main(lambda: run_rank(main))
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    # main() is over, and so are its variables: the loader joins its workers.
+    gc.collect()
+    # After an error another rank may never come: then the end of the process closes the group.
+    if code == 0 and dist.is_initialized():
+        dist.destroy_process_group()
+    # A thread of the group that wakes up while Python takes itself down would end the process with
+    # "terminate called without an active exception". So Python does not take itself down.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run_rank(main):
+    """main() of one rank; an error of the process group becomes one line: another rank has gone."""
+    try:
+        main()
+        if dist.is_initialized():
+            # The ranks leave together: one that goes first would close what another still uses.
+            dist.barrier()
+    except RuntimeError as error:
+        # gloo raises a plain RuntimeError, NCCL and the store raise a DistError.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        # Its first sentence, without the line of C++ that it begins with.
+        reason = re.sub(r"^\[\S*\] ", "", str(error).strip()).splitlines()[0].partition(". ")[0]
+        raise UserError(f"rank {os.environ['RANK']} lost another rank ({reason}), whose own last "
+                        "line may say why; start all again with --resume") from None
+
+
+# False: bfloat16() leaves everything in float32. evaluate.py speed --bf16=0 compares the two.
+ALLOW_BFLOAT16 = True
+
+
 def bfloat16(device, wanted=True):
     """Autocast to bfloat16 on hardware that is fast in it: a GPU, a CPU with AMX or AVX512-BF16."""
     fast = device.type == "cuda"
     if device.type == "cpu":
         able = torch.cpu.get_capabilities()
         fast = bool(able.get("amx_bf16") or able.get("avx512_bf16"))
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and fast)
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and fast and ALLOW_BFLOAT16)
 
 
 # ---------------------------------------------------------------------------- ranks
@@ -96,6 +150,133 @@ def all_mean(values, device):
     numbers = [torch.as_tensor(v, device=device).detach().float() for v in values.values()]
     means = average(torch.stack(numbers)).tolist()
     return dict(zip(values, means))
+
+
+def gather(value):
+    """The values that all ranks have given, by rank: any that pickle can write."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def first_of_node():
+    """Is this the first process of its machine? It writes the files and says what is wrong."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def end_together(reason):
+    """If any rank has a reason to stop (None = it has none), all end with the first one's line."""
+    reasons = gather(reason)
+    stopped = [rank for rank, why in enumerate(reasons) if why is not None]
+    if not stopped:
+        return
+    line = reasons[stopped[0]]
+    if not dist.is_initialized():
+        raise UserError(line)
+    if len(stopped) < len(reasons):
+        line = f"rank {stopped[0]}: {line}"
+    if first_of_node():
+        print_error(line)
+    # torchrun ends all ranks as soon as one has gone: none goes before the line is printed.
+    dist.barrier()
+    sys.exit(2)
+
+
+def gradient_sync(model, wanted):
+    """A context for a forward and a backward; DDP averages the gradients in it only if wanted."""
+    if wanted or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
+
+
+# ---------------------------------------------------------------------------- resume
+
+# What may differ between ranks: places on a node's own disk (what lies there is compared), workers.
+MAY_DIFFER = {"out", "data", "weights", "init_from", "workers"}
+
+
+def state_hash(*states):
+    """12 hex digits that tell whether all tensors of some state dicts are the same."""
+    digest = hashlib.sha256()
+    for state in states:
+        for name, tensor in state.items():
+            digest.update(name.encode())
+            content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(content.numpy())
+    return digest.hexdigest()[:12]
+
+
+def run_settings(config, world, clips, tokenizer=None):
+    """{name: value} of all that makes a training what it is. The state on disk keeps them.
+
+    The flags, the number of ranks, which clips there are, and which tokenizer, if one is given.
+    """
+    settings = asdict(config) | {"ranks": world, "clips": clips.fingerprint()}
+    if "vgg16" in settings:
+        # wherever the file lies
+        settings["vgg16"] = bool(config.vgg16)
+    if tokenizer is not None:
+        settings["tokenizer"] = state_hash(tokenizer.state_dict())
+    return settings
+
+
+def check_ranks_agree(settings, parts):
+    """All ranks end with one line if they differ in their settings, clips or weights."""
+    states = [part.state_dict() for part in parts.values() if isinstance(part, torch.nn.Module)]
+    everyone = gather(settings | {"first weights": state_hash(*states)})
+    reason = None
+    for rank, theirs in enumerate(everyone):
+        for name in differences(everyone[0], theirs, MAY_DIFFER):
+            reason = (f"rank {rank} was started with {name}={theirs[name]}, "
+                      f"rank 0 with {name}={everyone[0][name]}")
+    end_together(reason)
+
+
+def resume(settings, path, parts):
+    """Where the training starts, (step, seconds), the same on all ranks; both 0 for a new one.
+
+    settings: from run_settings. With --resume the saved state is loaded into `parts`. Nodes may
+    have disks of their own, and rank numbers may swap between nodes from one start to the next. So
+    ranks without a state, or with an older one, get it from the rank that has the highest step.
+    """
+    check_ranks_agree(settings, parts)
+    if not settings["resume"]:
+        return 0, 0.0
+
+    # 1. Each rank reads what it finds. One that cannot must not leave the others waiting.
+    saved = None
+    reason = None
+    try:
+        saved = read_state(path, settings)
+    except UserError as error:
+        reason = str(error)
+    end_together(reason)
+    if saved is not None and "settings" not in saved and first_of_node():
+        print(f"{path}: an older state, which does not keep its settings: they are not compared")
+
+    # 2. What have the others found? The hash is that of the weights.
+    found = (-1, "")
+    if saved is not None:
+        found = (saved["step"], state_hash(saved["model"]))
+    everyone = gather(found)
+    newest = max(everyone)
+    if newest[0] < 0:
+        if first_of_node():
+            print(f"{path}: nothing saved yet, starting from step 0")
+        return 0, 0.0
+
+    # 3. All load the same state.
+    if everyone != [newest] * len(everyone):
+        source = everyone.index(newest)
+        if first_of_node():
+            print(f"{path}: the state of step {newest[0]} comes from rank {source}")
+        message = [saved]
+        dist.broadcast_object_list(message, src=source)
+        saved = message[0]
+    load_state(path, parts, saved)
+    return saved["step"], saved["seconds"]
 
 
 # ---------------------------------------------------------------------------- steps
@@ -197,11 +378,7 @@ class Log:
         return values
 
     def close(self, text):
-        """Print what the training wrote, and leave the process group."""
+        """Print what the training wrote."""
         self.bar.close()
         if self.on:
             print(f"{self.config.out}/{text}")
-        if dist.is_initialized():
-            # The ranks leave together: one that goes first would close what another still uses.
-            dist.barrier()
-            dist.destroy_process_group()

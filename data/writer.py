@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.checkpoint import check_folder
-from common.flags import UserError
+from common.flags import UserError, refuse_torchrun
 from data.dataset import ARRAYS, COLUMNS, ECG_HZ
 
 
@@ -117,6 +117,7 @@ def prepare(out, meta, jobs, make, workers=0, *, shard=2000):
     folders; after a crash the same command goes on behind the last whole one.
     workers: number of processes, 0 = one a core.
     """
+    refuse_torchrun()
     part = begin_set(Path(out), meta)
     folders = split_into_folders(jobs, shard)
 

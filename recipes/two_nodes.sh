@@ -10,15 +10,16 @@
 # Makes   the weights OUT.
 # Needs   two machines with NPROC GPUs each (default 8). HEAD: the name or address of one of them,
 #         the same on both, whose port PORT (default 29500) the other can reach. DATA: a prepared
-#         set that both can read. OUT: a folder on a disk that BOTH machines see. Rank 0 alone
-#         writes the training's state there. A machine that does not find the state starts at
-#         step 0 with --resume, while the other goes on from the saved step: the two then wait for
-#         each other without end. The generator also reads the tokenizer from OUT.
+#         set, the same on both. OUT: a folder. DATA and OUT may lie on one disk that both machines
+#         see, or on a disk of each: both machines write the weights and the state of a training
+#         there. Only rank 0 writes the log.
 # Smoke   MINUTES_SCALE other than 1 goes without VGG16. Without HEAD it starts two agents on
-#         127.0.0.1 in place of two machines, each one process, on its own small phantom. Without a
-#         GPU it takes tiny networks and gloo.
+#         127.0.0.1 in place of two machines, each one process, on a small phantom. Each has a
+#         folder of its own, OUT/node1 and OUT/node2, as two machines without a shared disk have.
+#         Without a GPU it takes tiny networks and gloo.
 #
-# A second start on both machines goes on where the first one stopped: trainings get --resume.
+# A second start on both machines goes on where the first one stopped: trainings get --resume. A
+# machine that has lost its state, or has an older one, gets it from the other.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . recipes/scale.sh
@@ -27,7 +28,7 @@ TOKENIZER="--vgg16=${VGG16-hub}"
 ENCODER=
 GENERATOR=
 SIZE=128
-AGENTS=1        # that this script starts
+NODES=("$OUT")  # the folders of the agents that this script starts
 [ "$MINUTES_SCALE" = 1 ] || TOKENIZER=--vgg16=
 
 if [ "$MINUTES_SCALE" = 1 ] && [ -z "${HEAD:-}" -o -z "${DATA:-}" ]; then
@@ -46,7 +47,7 @@ fi
 # meet.
 LOCAL=
 if [ -z "${HEAD:-}" ]; then
-    AGENTS=2
+    NODES=("$OUT/node1" "$OUT/node2")
     NPROC=1
     HEAD=127.0.0.1
     LOCAL=--local_addr=127.0.0.1
@@ -58,20 +59,24 @@ if [ -z "${DATA:-}" ]; then
         --clips="$(scaled 4000 8)" --val="$(scaled 64 4)" --test="$(scaled 128 2)"
 fi
 
-# One agent a machine starts the processes of its GPUs. The agents find each other by torchrun's
-# c10d rendezvous on HEAD.
+# agent FOLDER SCRIPT FLAGS...: one agent a machine starts the processes of its GPUs. The agents find
+# each other by torchrun's c10d rendezvous on HEAD. The generator reads the tokenizer and the ECG
+# encoder from the machine's own folder.
 agent() {
+    local folder=$1
+    shift
+    [ "$1" = train_generator.py ] && set -- "$@" --weights="$folder"
     torchrun --nnodes=2 --nproc_per_node="${NPROC:-8}" --rdzv_backend=c10d \
         --rdzv_endpoint="$HEAD:${PORT:-29500}" --rdzv_id="${1%.py}" $LOCAL \
-        "$@" --preset=paper --data="$DATA" --out="$OUT" --resume
+        "$@" --preset=paper --data="$DATA" --out="$folder" --resume
 }
 
 # train SCRIPT FLAGS...: start this machine's agent (of a smoke run both) and wait for it.
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 train() {
-    local agents=() pid
-    for _ in $(seq "$AGENTS"); do
-        agent "$@" &
+    local agents=() folder pid
+    for folder in "${NODES[@]}"; do
+        agent "$folder" "$@" &
         agents+=($!)
     done
     for pid in "${agents[@]}"; do
@@ -80,10 +85,11 @@ train() {
 }
 train train_tokenizer.py --channels=1 $TOKENIZER --minutes="$(scaled 1440)"
 train ecg_encoder.py $ENCODER --minutes="$(scaled 720)"
-train train_generator.py --weights="$OUT" $GENERATOR --minutes="$(scaled 1440)"
+train train_generator.py $GENERATOR --minutes="$(scaled 1440)"
 
 # The figures, on each machine in a folder of its own; see paper_8xh100.sh for SEGMENTER.
-FIGURES=$OUT/eval_$(hostname)
-python evaluate.py reconstruction --data="$DATA" --weights="$OUT" --out="$FIGURES"
-python evaluate.py sync --data="$DATA" --weights="$OUT" --segmenter="${SEGMENTER:-weights}" \
+WEIGHTS=${NODES[0]}
+FIGURES=$WEIGHTS/eval_$(hostname)
+python evaluate.py reconstruction --data="$DATA" --weights="$WEIGHTS" --out="$FIGURES"
+python evaluate.py sync --data="$DATA" --weights="$WEIGHTS" --segmenter="${SEGMENTER:-weights}" \
     --out="$FIGURES"
