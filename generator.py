@@ -19,6 +19,7 @@ Eq. 7, 8 and 9 stand here, Eq. 10 in train_generator.py.
 """
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +32,8 @@ from common.flags import UserError, parse_flags, run_main
 from common.training import bfloat16
 from data.dataset import ECG_HZ, LEADS, crop_or_pad
 from ecg_encoder import EcgConfig, EcgEncoder
-from tokenizer import Block, Tokenizer, TokenizerConfig, index_to_bits, parameter_count
+from tokenizer import (Block, Rotary, Tokenizer, TokenizerConfig, index_to_bits, parameter_count,
+                       rotary_angles)
 
 TIME_UNIT = 0.04        # seconds; the rotary periods run from 2 to 200 of it, 80 ms to 8 s
 
@@ -70,6 +72,7 @@ class DecodingConfig:
     guidance_end: float = 0     # its scale at the last step, linearly from the first; 0 = the same
     temperature: float = 1      # of sampling a token
     overlap: int = 5   # frames that a window takes over from the one before; 1 + a multiple of P_t
+    compile: bool = False       # torch.compile the models: for many windows on a GPU
 
 
 CHOICES = {
@@ -250,18 +253,29 @@ def concat_unconditional(cond):
 
 
 def classifier_free_guidance(logits, scale):
-    """Classifier-free guidance (Ho and Salimans 2022): uncond + s (cond - uncond); s = 1 is off.
+    """Classifier-free guidance (Ho and Salimans 2022): uncond + s (cond - uncond).
 
-    logits (2 B, ...), conditional half first, -> (B, ...); at s = 1 they are (B, ...) and stay as
-    they are.
+    logits (2 B, ...), conditional half first, -> (B, ...). scale None: there is no guidance, the
+    logits (B, ...) stay as they are.
     """
-    if scale == 1:
+    if scale is None:
         return logits
     cond, uncond = logits.chunk(2)
     return uncond + scale * (cond - uncond)
 
 
 # ---------------------------------------------------------------------------- the transformer
+
+class Context(NamedTuple):
+    """What the transformer reads of a Condition.
+
+    It does not depend on the tokens: sampling computes it once a window, for all decoding steps.
+    """
+    anchor: torch.Tensor        # (B, h, w) tokens; -1 = there is none
+    local: torch.Tensor         # (B, 1+T', D), the ECG around the anchor and each latent frame
+    rotary: Rotary              # of the times of the anchor's and the window's tokens
+    keys_values: list           # for each block, the keys and the values of the sequence Z
+
 
 class Trunk(nn.Module):
     """Tokens and condition -> features of each token: a generator's, or a token critic's."""
@@ -300,10 +314,39 @@ class Trunk(nn.Module):
 
     def features(self, tokens, masked, cond):
         """tokens, masked (B, T', h, w), Condition -> features (B, T' h w, D), float."""
+        return self.transform(tokens, masked, self.context(cond))
+
+    def context(self, cond):
+        """Condition -> Context: all that is computed without the tokens."""
+        c = self.config
+        times = self.frame_times(cond.fps)                                              # B T'
+        local = self.local_features(cond, times)                                        # B 1+T' D
+
+        # The seconds go into the rotary embedding of the tokens and of the ECG patches. The anchor
+        # has no place in the window: it gets time 0, and a position embedding of its own.
+        times = F.pad(times, (1, 0))                                                    # B 1+T'
+        x_time = times.repeat_interleave(c.grid ** 2, dim=1) / TIME_UNIT        # B (1+T')hw
+        z_rotary = rotary_angles(cond.z_time / TIME_UNIT, c.dim // c.heads)
+        z = self.cross_context(cond)                                            # B Ln ecg_dim
+        # One shape, whether there is an anchor or not: compiled code is for given shapes.
+        anchor = cond.anchor.expand(-1, c.grid, c.grid).contiguous()                    # B h w
+        return Context(
+            anchor=anchor, local=local, rotary=rotary_angles(x_time, c.dim // c.heads),
+            keys_values=[block.cross.keys_values(z, z_rotary) for block in self.blocks])
+
+    def transform(self, tokens, masked, context):
+        """tokens, masked (B, T', h, w), Context -> features (B, T' h w, D), float."""
+        x = self.first_blocks(tokens, masked, context)                          # B (1+T')hw D
+        x = self.blocks[-1](x, context.rotary, context.keys_values[-1])
+        # Only the window's own tokens are predicted, not the anchor's.
+        return self.norm(x[:, self.config.grid ** 2:])                                  # B T'hw D
+
+    def first_blocks(self, tokens, masked, context):
+        """All but the last block: tokens, masked (B, T', h, w), Context -> x (B, (1+T') h w, D)."""
         B, T, h, w = tokens.shape
 
         # 1. The anchor goes before the window's latent frames. Where there is none, it is masked.
-        anchor = cond.anchor[:, None].expand(B, 1, h, w)
+        anchor = context.anchor[:, None]                                        # B 1 h w
         tokens = torch.cat([anchor.clamp(min=0), tokens], dim=1)                # B 1+T' h w
         masked = torch.cat([anchor < 0, masked], dim=1)                         # B 1+T' h w
 
@@ -313,23 +356,35 @@ class Trunk(nn.Module):
         x = x.reshape(B, 1 + T, h * w, -1)                                      # B 1+T' hw D
 
         # 3. Position in space and in time, and the ECG around each latent frame.
-        times = self.frame_times(cond.fps)                                              # B T'
-        local = self.local_features(cond, times)                                        # B 1+T' D
         temporal_position = torch.cat([self.anchor_position, self.temporal_position])   # 1+T' 1 D
-        x = x + self.spatial_position + temporal_position + local[:, :, None]
+        x = x + self.spatial_position + temporal_position + context.local[:, :, None]
         x = x.flatten(1, 2)                                                     # B (1+T')hw D
 
         # 4. Transformer blocks: self-attention over all tokens, cross-attention to Z, both with the
-        #    seconds in the rotary embedding. The anchor has no place in the window: it gets time 0,
-        #    and a position embedding of its own.
-        z = self.cross_context(cond)                                            # B Ln ecg_dim
-        times = F.pad(times, (1, 0))                                                    # B 1+T'
-        x_time = times.repeat_interleave(h * w, dim=1) / TIME_UNIT              # B (1+T')hw
-        for block in self.blocks:
-            x = block(x, x_time, z, cond.z_time / TIME_UNIT)
+        #    seconds in the rotary embedding.
+        for block, keys_values in zip(self.blocks[:-1], context.keys_values):
+            x = block(x, context.rotary, keys_values)
+        return x
 
-        # 5. Only the window's own tokens are predicted, not the anchor's.
-        return self.norm(x[:, h * w:])                                                  # B T'hw D
+    def last_block(self, x, places, context):
+        """What transform does after first_blocks, for the n tokens at `places` (B, n) alone.
+
+        x (B, (1+T') h w, D) -> features (B, n, D), float.
+        """
+        def at_places(every):
+            """every (B, (1+T') h w, ...) -> (B, n, ...). The anchor's tokens come first."""
+            rows = places + self.config.grid ** 2
+            return every.gather(1, rows[..., None].expand(-1, -1, every.shape[-1]))
+
+        block = self.blocks[-1]
+        rotary = Rotary(*[at_places(angles[:, 0])[:, None] for angles in context.rotary])
+        # These tokens still attend to all tokens: the keys and values are of all of them.
+        h = block.norm1(x)
+        keys_values = block.attn.keys_values(h, context.rotary)
+        x = at_places(x) + block.attn(at_places(h), rotary, keys_values)
+        x = x + block.cross(block.norm_cross(x), rotary, context.keys_values[-1])
+        x = x + block.mlp(block.norm2(x))
+        return self.norm(x)
 
     def frame_times(self, fps):
         """fps (B,) -> (B, T'), the middle of each latent frame in seconds.
@@ -454,46 +509,56 @@ class Generator(Trunk):
         sampled = (low + (high << self.low_bits)).reshape(tokens.shape)
         return torch.where(masked, sampled, tokens)                                     # Eq. 9
 
+    @property
+    def critic_trunk(self):
+        """The transformer of the critic: its own, or the generator's."""
+        return self.critic if self.config.critic == "token" else self
+
     def critic_logits(self, tokens, cond):
         """Logit that each token (B, T', h, w) is fake. No token is masked here."""
-        trunk = self.critic if self.config.critic == "token" else self
-        x = trunk.features(tokens, torch.zeros_like(tokens, dtype=torch.bool), cond)
+        return self.judge(tokens, self.critic_trunk.context(cond))
+
+    def judge(self, tokens, context):
+        """The same with the Context of the critic's transformer."""
+        nothing = torch.zeros_like(tokens, dtype=torch.bool)
+        x = self.critic_trunk.transform(tokens, nothing, context)
         return self.to_fake(x).float().reshape(tokens.shape)
 
     @torch.no_grad()
-    def sample_tokens(self, tokens, masked, cond, *, guidance, temperature, rng):
-        """Sample every token from its distribution -> tokens, log-probabilities (B, T', h, w)."""
-        shape = tokens.shape
+    def sample_tokens(self, tokens, places, context, uniforms, *, guidance, temperature):
+        """Sample the masked tokens from their distributions -> tokens, log-probabilities (B, n).
+
+        tokens (B, T', h, w); places (B, n): which of the T' h w are masked; uniforms (2, B, T' h w)
+        in (0, 1). The context is of 2 B clips with guidance, as concat_unconditional makes it.
+        """
+        masked = torch.zeros_like(tokens, dtype=torch.bool)
+        masked.flatten(1).scatter_(1, places, True)                                     # B T' h w
         copies = 1
-        if guidance != 1:
+        if guidance is not None:
             # One batch of twice the size: under the ECG, and under the null context
             copies = 2
-            cond = concat_unconditional(cond)
-        x = self.features(tokens.repeat(copies, 1, 1, 1), masked.repeat(copies, 1, 1, 1), cond)
+        x = self.first_blocks(tokens.repeat(copies, 1, 1, 1), masked.repeat(copies, 1, 1, 1),
+                              context)
+        # From here on the masked tokens are enough.
+        x = self.last_block(x, places.repeat(copies, 1), context)               # [2]B n D
         temperature = max(temperature, 1e-4)
 
         # Sample the low bits.
-        low_logits = classifier_free_guidance(self.low_logits(x), guidance)             # B N 2^7
-        low = sample_categorical(low_logits / temperature, uniform(low_logits.shape[:2], rng))
+        low_logits = classifier_free_guidance(self.low_logits(x), guidance)             # B n 2^7
+        low = sample_categorical(low_logits / temperature, uniforms[0].gather(1, places))
 
         # Sample the high bits, given the low ones just sampled.
         high_logits = self.high_logits(x, low.repeat(copies, 1))
-        high_logits = classifier_free_guidance(high_logits, guidance)                   # B N 2^6
-        high = sample_categorical(high_logits / temperature, uniform(low.shape, rng))
+        high_logits = classifier_free_guidance(high_logits, guidance)                   # B n 2^6
+        high = sample_categorical(high_logits / temperature, uniforms[1].gather(1, places))
 
         # Log-probability of the whole code, of which a scorer makes its confidence.
         log_low = low_logits.log_softmax(-1).gather(-1, low[..., None])[..., 0]
         log_high = high_logits.log_softmax(-1).gather(-1, high[..., None])[..., 0]
-        sampled = low + (high << self.low_bits)
-        return sampled.reshape(shape), (log_low + log_high).reshape(shape)
+        return low + (high << self.low_bits), log_low + log_high
 
 
 # ------------------------------------------------------------------------- masked parallel decoding
-
-def uniform(shape, rng):
-    """Uniform numbers in (0, 1), from the CPU: a seed gives the same video on every device."""
-    return torch.rand(shape, generator=rng).clamp(1e-7, 1 - 1e-7)
-
 
 def sample_categorical(logits, u):
     """One sample of softmax(logits): (B, N, K) and uniform numbers (B, N) -> index (B, N).
@@ -504,7 +569,7 @@ def sample_categorical(logits, u):
     # repeat it.
     cumulative = logits.softmax(-1).cumsum(-1)
     # The last value is 1 except for rounding; a threshold above it would give an index too large.
-    threshold = u.to(logits.device) * cumulative[..., -1]
+    threshold = u * cumulative[..., -1]
     return (cumulative < threshold[..., None]).sum(-1)
 
 
@@ -524,8 +589,9 @@ def radical_inverse(n, base):
     return x
 
 
+@lru_cache
 def halton_order(T, h, w, device):
-    """The turn of each place in Halton's sequence, int (1, T, h, w). Early ones lie far apart."""
+    """The turn of each place in Halton's sequence, int (T h w,). Early ones lie far apart."""
     n = np.arange(1, 64 * T * h * w)            # long enough for each place to come
     # Three coprime bases, so that the three coordinates never fall into step.
     t = (radical_inverse(n, 5) * T).astype(int)
@@ -536,53 +602,81 @@ def halton_order(T, h, w, device):
     turn = np.full(T * h * w, len(n))
     turn[places] = first
     # argsort twice turns the first appearance of each place into its rank
-    return torch.from_numpy(turn.argsort().argsort()).reshape(1, T, h, w).to(device)
+    return send(torch.from_numpy(turn.argsort().argsort()), device)
 
 
-def top_k_mask(score, k):
-    """True at the k highest scores of each item: (B, ...) -> bool (B, ...)."""
-    flat = score.flatten(1)
-    mask = torch.zeros_like(flat, dtype=torch.bool)
-    mask.scatter_(1, flat.topk(k, dim=1).indices, True)
-    return mask.reshape(score.shape)
+class Uniforms(NamedTuple):
+    """All random numbers of one window, uniform in (0, 1). S decoding steps, N = T' h w tokens."""
+    order: torch.Tensor         # (B, N), for a random order of the places
+    tokens: torch.Tensor        # (S, 2, B, N), for the low and the high bits of the tokens
+    noise: torch.Tensor         # (S, B, N), for the noise of the scorer
+
+
+def draw_uniforms(decoding, tokens, rngs):
+    """The Uniforms of a window of tokens (B, T', h, w).
+
+    rngs: one torch.Generator for all videos, or one for each.
+
+    They come from the CPU: a seed gives the same video on every device. They are drawn and sent
+    together, as a GPU that waits for the CPU in each step would stand still.
+    """
+    # Which scorer needs which decides how many are drawn, and so what a seed gives.
+    orders = 0 if decoding.scorer == "halton" else 1
+    kinds = 3 if decoding.scorer in ("confidence", "critic") else 2
+    B, N = tokens.flatten(1).shape
+    shape = (orders + decoding.steps * kinds, B // len(rngs), N)
+    u = torch.cat([torch.rand(shape, generator=rng) for rng in rngs], dim=1)            # ... B N
+    u = send(u.clamp(1e-7, 1 - 1e-7), tokens.device)
+    steps = u[orders:].unflatten(0, (decoding.steps, kinds))                        # S kinds B N
+    # What a scorer has no use for is never read.
+    return Uniforms(order=u[0], tokens=steps[:, :2], noise=steps[:, -1])
+
+
+def send(x, device):
+    """Copy a tensor of the CPU to the device. A GPU takes it while the CPU goes on."""
+    if device.type == "cuda":
+        # From pinned memory only: it cannot be moved while the GPU reads it.
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 class Draft(NamedTuple):
-    """A decoding after one of its steps: what a scorer looks at."""
+    """A decoding after one of its steps: what a scorer looks at. It doubts n of the N = T' h w."""
     tokens: torch.Tensor        # (B, T', h, w), all of them filled
-    log_prob: torch.Tensor      # (B, T', h, w), of this step's samples
-    cond: Condition
-    guidance: float             # its scale at this step
+    log_prob: torch.Tensor      # (B, n), of this step's samples
+    places: torch.Tensor        # (B, n), which tokens it may doubt
+    context: Context            # of the critic
+    guidance: float             # its scale at this step; None = off
     remaining: float            # share of the steps that are still to come; 0 after the last
-    order: torch.Tensor         # (1 or B, T', h, w), a fixed order of the places
+    order: torch.Tensor         # (B, N), a fixed order of the places
+    noise: torch.Tensor         # (B, N), uniform in (0, 1)
 
 
-def order_doubt(generator, draft, rng):
+def order_doubt(generator, draft):
     """A fixed order, whatever was sampled."""
-    return draft.order.expand(draft.tokens.shape).float()
+    return draft.order.gather(1, draft.places)
 
 
-def confidence_doubt(generator, draft, rng):
+def confidence_doubt(generator, draft):
     """The least likely samples, with Gumbel noise that fades out (MaskGIT, Chang et al. 2022)."""
-    u = uniform(draft.tokens.shape, rng)
-    gumbel = -(-u.log()).log().to(draft.tokens.device)
+    u = draft.noise.gather(1, draft.places)
+    gumbel = -(-u.log()).log()
     return -draft.log_prob - draft.remaining * gumbel
 
 
-def critic_doubt(generator, draft, rng):
+def critic_doubt(generator, draft):
     """The tokens that the critic takes for fake, with noise that fades out (Lezama et al. 2022)."""
     tokens = draft.tokens
-    cond = draft.cond
-    if draft.guidance != 1:
+    if draft.guidance is not None:
         tokens = torch.cat([tokens, tokens])
-        cond = concat_unconditional(cond)
-    jitter = uniform(draft.tokens.shape, rng).to(tokens.device) - 0.5
-    logits = classifier_free_guidance(generator.critic_logits(tokens, cond), draft.guidance)
-    return logits + draft.remaining * jitter
+    logits = classifier_free_guidance(generator.judge(tokens, draft.context), draft.guidance)
+    jitter = draft.noise - 0.5
+    doubt = logits.flatten(1) + draft.remaining * jitter                                # B N
+    return doubt.gather(1, draft.places)
 
 
-# Each says how much it doubts each token of a Draft: float (B, T', h, w). The most doubted are
-# masked again.
+# Each says how much it doubts the tokens of a Draft in its places: float (B, n). The most doubted
+# are masked again.
 SCORERS = {
     "random": order_doubt,
     "halton": order_doubt,
@@ -591,80 +685,121 @@ SCORERS = {
 }
 
 
-def decoding_order(scorer, tokens, rng):
-    """The fixed order of the places, (1 or B, T', h, w): Halton's, or random.
-
-    Confidence and critic draw a random order, too, though they do not use it: so the seed gives
-    them the same first samples as the random scorer.
-    """
-    if scorer == "halton":
-        return halton_order(*tokens.shape[1:], tokens.device)
-    return uniform(tokens.shape, rng).to(tokens.device)
+def guidance_scales(decoding):
+    """The scale of guidance at each step, linear from the first to the last; None = off."""
+    first = decoding.guidance
+    last = decoding.guidance_end or first
+    if first == 1 and last == 1:
+        return [None] * decoding.steps
+    last_step = max(decoding.steps - 1, 1)
+    return [first + (last - first) * step / last_step for step in range(decoding.steps)]
 
 
 @torch.no_grad()
-def maskgit_decode(generator, tokens, masked, cond, decoding, rng):
-    """Masked parallel decoding (Chang et al. 2022): fills the masked places; the other tokens stay.
+def maskgit_decode(generator, tokens, num_prefix, cond, decoding, uniforms):
+    """Masked parallel decoding (Chang et al. 2022): the latent frames after num_prefix are masked.
 
-    tokens, masked (B, T', h, w), as many masked in every item; a DecodingConfig; rng a
-    torch.Generator.
+    tokens (B, T', h, w), of which the first num_prefix latent frames are known and stay; a
+    DecodingConfig; the Uniforms of this window. Returns all tokens.
     """
-    total = int(masked[0].sum())
-    first_masked = masked
-    order = decoding_order(decoding.scorer, tokens, rng)
-    doubt_of = SCORERS[decoding.scorer]
-    for step in range(decoding.steps):
-        # 1. The guidance of this step, linear from the first step's to the last step's.
-        end = decoding.guidance_end or decoding.guidance
-        guidance = decoding.guidance + (end - decoding.guidance) * step / max(decoding.steps - 1, 1)
+    B, T, h, w = tokens.shape
+    # All numbers of tokens are known here: no step waits for a GPU to tell them.
+    first_masked = torch.arange(num_prefix * h * w, T * h * w, device=tokens.device).expand(B, -1)
+    total = first_masked.shape[1]
+    places = first_masked                                                               # B n
+    order = uniforms.order
+    if decoding.scorer == "halton":
+        order = halton_order(T, h, w, tokens.device).expand(B, -1)
 
-        # 2. Sample every masked token from its own distribution, all of them in parallel.
+    # What does not depend on the tokens is computed once for all steps.
+    scales = guidance_scales(decoding)
+    if scales[0] is not None:
+        cond = concat_unconditional(cond)
+    context = critic_context = generator.context(cond)
+    if decoding.scorer == "critic":
+        critic_context = generator.critic_trunk.context(cond)
+
+    for step, guidance in enumerate(scales):
+        # 1. Sample every masked token from its own distribution, all of them in parallel.
         sampled, log_prob = generator.sample_tokens(
-            tokens, masked, cond, guidance=guidance, temperature=decoding.temperature, rng=rng)
-        tokens = torch.where(masked, sampled, tokens)
+            tokens, places, context, uniforms.tokens[step], guidance=guidance,
+            temperature=decoding.temperature)
+        tokens = tokens.flatten(1).scatter(1, places, sampled).reshape(B, T, h, w)
 
-        # 3. The cosine schedule says how many are masked again; none after the last step (Eq. 8).
+        # 2. The cosine schedule says how many are masked again; none after the last step (Eq. 8).
         done = (step + 1) / decoding.steps
         num_masked = int(total * cosine_schedule(done))
 
-        # 4. Those that the scorer doubts most go back under the mask. The critic may take back any
+        # 3. Those that the scorer doubts most go back under the mask. The critic may take back any
         #    token that was masked at the start, the others only samples of this step.
-        doubt = doubt_of(generator, Draft(tokens, log_prob, cond, guidance, 1 - done, order), rng)
-        eligible = first_masked if decoding.scorer == "critic" else masked
-        masked = top_k_mask(doubt.masked_fill(~eligible, -math.inf), num_masked)
+        if decoding.scorer == "critic":
+            places = first_masked
+        draft = Draft(tokens=tokens, log_prob=log_prob, places=places, context=critic_context,
+                      guidance=guidance, remaining=1 - done, order=order,
+                      noise=uniforms.noise[step])
+        doubt = SCORERS[decoding.scorer](generator, draft)                              # B n
+        places = places.gather(1, doubt.topk(num_masked, dim=1).indices)
     return tokens
 
 
 # ---------------------------------------------------------------- progressive sampling, section 3.3
 
 def tokens_of_prefix(tokenizer, prefix, batch, device):
-    """The tokens that a window starts with, and which of them are masked, both (B, T', h, w).
+    """The tokens (B, T', h, w) that a window starts with, and how many latent frames are known.
 
     prefix (B, C, k, H, W): the frames that the window knows; None: it knows none.
     """
     grid = tokenizer.grid
     shape = (batch, tokenizer.latent_frames, grid, grid)
     tokens = torch.zeros(shape, dtype=torch.long, device=device)
-    masked = torch.ones_like(tokens, dtype=torch.bool)
-    if prefix is not None:
-        # The tokenizer is causal: the tokens of k frames are those of a whole window that begins
-        # with them
-        known = tokenizer.encode(prefix)                                                # B k' h w
-        tokens[:, :known.shape[1]] = known
-        masked[:, :known.shape[1]] = False
-    return tokens, masked
+    if prefix is None:
+        return tokens, 0
+    # The tokenizer is causal: the tokens of k frames are those of a whole window that begins
+    # with them
+    known = tokenizer.encode(prefix)                                                    # B k' h w
+    num_prefix = known.shape[1]
+    tokens[:, :num_prefix] = known
+    return tokens, num_prefix
 
 
-def cut_ecg(ecg, hidden, *, ecg_start, middle, samples):
-    """The ECG that one window sees: `samples` samples around `middle` seconds.
+def cut_ecg(ecg, hidden, *, ecg_start, middle, samples, device):
+    """The ECG that one window sees: `samples` samples around `middle` seconds, on the device.
 
-    ecg (B, L, N), hidden (N,) numpy, sample 0 at ecg_start seconds -> ecg (B, L, samples), hidden
-    (samples,), and the time of the first of these samples, seconds of the video.
+    ecg (B, L, N), hidden (B, N) numpy, sample 0 at ecg_start seconds -> ecg (B, L, samples), hidden
+    (B, samples), and the time of the first of these samples, seconds of the video.
     """
     first = round((middle - ecg_start) * ECG_HZ) - samples // 2
     ecg = torch.from_numpy(crop_or_pad(ecg, first, samples))
     hidden = torch.from_numpy(crop_or_pad(hidden, first, samples)) > 0
-    return ecg, hidden, ecg_start + first / ECG_HZ
+    return send(ecg, device), send(hidden, device), ecg_start + first / ECG_HZ
+
+
+def compiled(function):
+    """A function of tensors, compiled; on a GPU it is recorded as one CUDA graph."""
+    graph = torch.compile(function, mode="reduce-overhead", dynamic=False)
+
+    def call(*inputs):
+        # A CUDA graph writes its results to the same place each time: take a copy of them, and say
+        # that the place is free again.
+        torch.compiler.cudagraph_mark_step_begin()
+        return graph(*inputs).clone()
+    return call
+
+
+def compile_models(tokenizer, encoder, generator):
+    """Compile what has the same shapes in all steps and windows, where that is not done yet.
+
+    A window is thousands of small kernels, which the CPU starts more slowly than a GPU runs them.
+    The first window takes the time of the compilation.
+    """
+    parts = [(generator, "first_blocks"), (generator.critic_trunk, "first_blocks")]
+    parts.append((tokenizer, "unembed"))
+    if generator.config.condition == "ecg":
+        parts.append((encoder, "encode"))
+    for model, name in parts:
+        # A compiled method is an attribute of the model itself, not of its class.
+        if name not in vars(model):
+            setattr(model, name, compiled(getattr(model, name)))
 
 
 @torch.no_grad()
@@ -673,15 +808,16 @@ def stream_video(tokenizer, encoder, generator, *, ecg, leads, ecg_start, frames
     """Progressive sampling: yields chunks (B, C, n, H, W) in [0, 1], `frames` frames in all.
 
     ecg (B, L, N) cleaned, numpy, its sample 0 at ecg_start seconds; leads (L,); decoding, a
-    DecodingConfig; first (B, C, 1, H, W) or None; hidden (N,) bool or None, samples that the model
-    must not know; text: B lines, for a text generator. encoder None for one of video alone.
+    DecodingConfig; first (B, C, 1, H, W) or None; hidden (N,) or (B, N) bool or None, samples that
+    the model must not know; text: B lines, for a text generator. encoder None for one of video
+    alone. seed: a number, or one for each video: then each is as if it were made alone.
 
     Each window knows the last `overlap` frames of the one before, the ECG of its own time span, and
     the video's first frame as its anchor. Memory does not grow with the length.
     """
     config = generator.config
     device = next(generator.parameters()).device
-    rng = torch.Generator().manual_seed(seed)
+    rngs = [torch.Generator().manual_seed(s) for s in np.atleast_1d(seed).tolist()]
     B = len(ecg)
     window = tokenizer.config.frames
     samples = encoder.config.samples if config.condition == "ecg" else 0
@@ -689,11 +825,14 @@ def stream_video(tokenizer, encoder, generator, *, ecg, leads, ecg_start, frames
     leads = torch.as_tensor(leads, device=device)
     if hidden is None:
         hidden = np.zeros(ecg.shape[-1], bool)
+    hidden = np.broadcast_to(hidden, (B, ecg.shape[-1]))
+    if decoding.compile:
+        compile_models(tokenizer, encoder, generator)
 
     # The anchor is frame 0 of the video; its tokens come with the first window, its ECG now.
     anchor = None
     anchor_sample = round((-config.ecg_before - ecg_start) * ECG_HZ)
-    anchor_ecg = crop_or_pad(ecg * ~hidden, anchor_sample, generator.local_samples)
+    anchor_ecg = crop_or_pad(ecg * ~hidden[:, None], anchor_sample, generator.local_samples)
     anchor_ecg = torch.from_numpy(anchor_ecg).to(device)                        # B L local_samples
     prefix = first
     begin = 0                   # the window's first frame
@@ -701,26 +840,28 @@ def stream_video(tokenizer, encoder, generator, *, ecg, leads, ecg_start, frames
     while done < frames:
         # 1. Cut the ECG: the encoder's samples, centred on this window.
         window_ecg, window_hidden, start = cut_ecg(
-            ecg, hidden, ecg_start=ecg_start, middle=(begin + window / 2) / fps, samples=samples)
-        window_ecg = window_ecg.to(device)                                      # B L samples
-        window_hidden = window_hidden.to(device).expand(B, -1)                  # B samples
+            ecg, hidden, ecg_start=ecg_start, middle=(begin + window / 2) / fps, samples=samples,
+            device=device)                                                      # B L samples
         window_start = torch.full((B,), start - begin / fps, device=device)     # B
 
         # 2. Encode the prefix: the first frame, or the last frames of the window before.
-        tokens, masked = tokens_of_prefix(tokenizer, prefix, B, device)
+        tokens, num_prefix = tokens_of_prefix(tokenizer, prefix, B, device)
 
         # 3. Build the condition, and decode the masked tokens under it.
+        uniforms = draw_uniforms(decoding, tokens, rngs)
         with bfloat16(device):
             cond = build_condition(
                 config, encoder, fps=fps_of_clips, ecg=window_ecg, leads=leads,
                 ecg_start=window_start, ecg_hidden=window_hidden, text=text,
                 anchor=anchor, anchor_ecg=anchor_ecg)
-            tokens = maskgit_decode(generator, tokens, masked, cond, decoding, rng)
+            tokens = maskgit_decode(generator, tokens, num_prefix, cond, decoding, uniforms)
         if anchor is None:
             anchor = tokens[:, 0]                                               # B h w
 
-        # 4. Tokens to pixels; yield the frames that are new.
-        video = tokenizer.decode(tokens)                                        # B C window H W
+        # 4. Tokens to pixels; yield the frames that are new. A GPU decodes in bfloat16, too. Frames
+        #    are always encoded in float32: bfloat16 would flip some signs of LFQ.
+        with bfloat16(device, wanted=device.type == "cuda"):
+            video = tokenizer.decode(tokens)                                    # B C window H W
         new = video[:, :, done - begin:][:, :, :frames - done]
         yield new
 

@@ -29,7 +29,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.flags import UserError, parse_flags, run_main
-from common.picture import draw_strip, gif_frame, load_image, strip_curve
+from common.picture import (draw_strip, gif_frame, index_colours, index_grey, load_image,
+                            strip_curve)
 from common.training import model_config
 from data.dataset import ECG_HZ, LEADS
 from data.ecg_signal import clean_ecg, extend_periodic, find_disturbed, find_r_peaks
@@ -55,6 +56,7 @@ class SampleConfig(DecodingConfig):
     hide: str = ""              # hides the ECG between two seconds of the video, such as 1.5,3
     seed: int = 0               # of the video and of the built-in ECG
     num: int = 1                # videos; they have the seeds seed, seed + 1, ...
+    batch: int = 8              # videos that are made together; each is as if it were made alone
     masks: bool = False         # also OUT/set: videos, ECGs, LV masks and EFs as a prepared set
 
 
@@ -147,7 +149,7 @@ def check_flags(config, tokenizer, generator, span):
     slowest = math.ceil(100 * tokenizer.config.frames / span) / 100
 
     # The smallest value of each flag that makes sense.
-    least = dict(frames=1, num=1, seed=0, ecg_hz=0, fps=slowest)
+    least = dict(frames=1, num=1, batch=1, seed=0, ecg_hz=0, fps=slowest)
     for key, value in least.items():
         if getattr(config, key) < value:
             raise UserError(f"--{key}={getattr(config, key):g}: must be at least {value}")
@@ -199,6 +201,8 @@ class VideoFiles:
         # Enlarged by a whole number, so that all pixels of the model are alike.
         size = tokenizer_config.size
         self.side = max(1, round(PICTURE_SIDE / size)) * size
+        # Without a strip there may be no second part of the picture to index.
+        self.grey = tokenizer_config.channels == 1 and trace is not None
         self.frame = 0              # frames written so far
         if trace is not None:
             # The strip shows what the model sees: the cleaned ECG, flat where it is hidden.
@@ -214,8 +218,9 @@ class VideoFiles:
         # The MP4 needs a package of its own; without it there are the other two.
         self.mp4 = None
         if find_spec("imageio_ffmpeg"):
+            # "veryfast" takes half of the usual time; the file is a tenth larger.
             mp4 = imageio.v2.get_writer(f"{path}.mp4", fps=config.fps, quality=8,
-                                        macro_block_size=2)
+                                        macro_block_size=2, ffmpeg_params=["-preset", "veryfast"])
             self.mp4 = self.files.enter_context(mp4)
 
         # The length is known, so the header can be written before the frames.
@@ -229,7 +234,11 @@ class VideoFiles:
         self.npy.write(frames.tobytes())
         for frame in np.broadcast_to(frames, (*frames.shape[:3], 3)):
             picture = self.draw(frame)
-            self.gif.write(gif_frame(picture, self.frame, self.config.fps))
+            if self.grey:
+                image = index_grey(picture, self.side)
+            else:
+                image = index_colours(picture)
+            self.gif.write(gif_frame(image, self.frame, self.config.fps))
             if self.mp4 is not None:
                 self.mp4.append_data(picture)
             self.frame += 1
@@ -314,31 +323,39 @@ def add_to_set(dataset, name, *, fps, path, masks, trace, metrics):
 
 
 @torch.no_grad()
-def make_video(config, models, segmenter, trace, *, first, seed, path, dataset):
-    """Sample one video into PATH.npy, .gif, .mp4, and the dataset if given -> its report."""
-    began = time.time()
+def sample_to_files(config, models, traces, *, first, seeds, paths):
+    """Sample the videos of B traces in one batch -> PATH.npy, .gif and .mp4 of each."""
     tokenizer, encoder, generator = models
-    by_ecg = generator.config.condition == "ecg"
+    # The part of each ECG that the model must not know
+    hidden = np.stack([hidden_samples(config, trace) for trace in traces])              # B N
+    if first is not None:
+        first = first.expand(len(traces), -1, -1, -1, -1)                               # B C 1 H W
 
-    # ---- 1. the part of the ECG that the model must not know
-    hidden = hidden_samples(config, trace)
-
-    # ---- 2. sample, window by window, and write
-    #         Nothing runs yet: each window is sampled when the loop asks for it.
+    # Nothing runs yet: each window is sampled when the loop asks for it.
     chunks = stream_video(
-        tokenizer, encoder, generator, ecg=trace.clean[None],
-        leads=[LEADS.index(name) for name in trace.leads], ecg_start=trace.start,
+        tokenizer, encoder, generator, ecg=np.stack([trace.clean for trace in traces]),
+        leads=[LEADS.index(name) for name in traces[0].leads], ecg_start=traces[0].start,
         frames=config.frames, fps=config.fps, decoding=model_config(config, DecodingConfig),
-        first=first, seed=seed, hidden=hidden, text=[config.text])
-    bar = tqdm(total=config.frames, desc=path.name, unit="frame")
-    drawn = trace if by_ecg else None
-    with bar, VideoFiles(path, config, tokenizer.config, drawn, hidden) as files:
-        for video in chunks:                                                # 1 C n H W
-            frames = (video[0] * 255).round().byte()                        # C n H W
-            files.write(frames.permute(1, 2, 3, 0).cpu().numpy())           # n H W C
+        first=first, seed=seeds, hidden=hidden, text=[config.text] * len(traces))
+
+    # All files are closed together, also where an error comes between.
+    with ExitStack() as stack:
+        files = []
+        for trace, path, unknown in zip(traces, paths, hidden):
+            drawn = trace if generator.config.condition == "ecg" else None
+            files.append(stack.enter_context(
+                VideoFiles(path, config, tokenizer.config, drawn, unknown)))
+        bar = stack.enter_context(tqdm(total=config.frames, desc=paths[0].name, unit="frame"))
+        for video in chunks:                                                # B C n H W
+            frames = (video * 255).round().byte()                           # B C n H W
+            frames = frames.permute(0, 2, 3, 4, 1).cpu().numpy()            # B n H W C
+            for one, part in zip(files, frames):
+                one.write(part)
             bar.update(video.shape[2])
 
-    # ---- 3. measure the left ventricle in the video
+
+def measure_video(config, segmenter, trace, *, path, dataset):
+    """What the report says of a video; it is added to the dataset, if there is one."""
     area = []
     volume = []
     masks = None
@@ -348,15 +365,29 @@ def make_video(config, models, segmenter, trace, *, first, seed, path, dataset):
     if dataset:
         add_to_set(dataset, path.name, fps=config.fps, path=path, masks=masks, trace=trace,
                    metrics=metrics)
+    return metrics
 
-    # ---- 4. report: the settings, what was measured, and what was used
+
+def make_videos(config, models, segmenter, traces, *, first, seeds, paths, dataset):
+    """Make the videos of some traces in one batch -> the report of each."""
+    # ---- 1. sample, window by window, and write
+    began = time.time()
+    sample_to_files(config, models, traces, first=first, seeds=seeds, paths=paths)
+    seconds = (time.time() - began) / len(traces)
+
+    # ---- 2. measure the left ventricle, and report: the settings and what was measured and used
     ecg = "none"
-    if by_ecg:
+    if models[2].config.condition == "ecg":
         ecg = config.ecg or "built-in"
-    about = {"name": path.name, "seed": seed, "leads": trace.leads,
-             "seconds": round(time.time() - began, 2), "ecg": ecg,
-             "device": str(next(tokenizer.parameters()).device)}
-    return asdict(config) | metrics | about
+    device = str(next(models[0].parameters()).device)
+    reports = []
+    for trace, seed, path in zip(traces, seeds, paths):
+        began = time.time()
+        metrics = measure_video(config, segmenter, trace, path=path, dataset=dataset)
+        about = {"name": path.name, "seed": seed, "leads": trace.leads,
+                 "seconds": round(seconds + time.time() - began, 2), "ecg": ecg, "device": device}
+        reports.append(asdict(config) | metrics | about)
+    return reports
 
 
 def load_unet(config, tokenizer, condition, device):
@@ -390,11 +421,13 @@ def make_all(config, models, segmenter, traces, first, names):
             # A prepared set has splits; these videos are all for training.
             dataset = Writer(Path(part, "set", "train"))
         reports = []
-        for i, name in enumerate(names):
+        for i in range(0, config.num, config.batch):
+            some = range(i, min(i + config.batch, config.num))
             # A recording is one trace for all videos; a built-in ECG goes with its seed.
-            reports.append(make_video(
-                config, models, segmenter, traces[i % len(traces)], first=first,
-                seed=config.seed + i, path=Path(part, name), dataset=dataset))
+            reports += make_videos(
+                config, models, segmenter, [traces[k % len(traces)] for k in some], first=first,
+                seeds=[config.seed + k for k in some], paths=[Path(part, names[k]) for k in some],
+                dataset=dataset)
         if dataset:
             dataset.close()
             write_meta(Path(part, "set"), config, models[0], traces[0].leads)
@@ -427,6 +460,9 @@ def main():
     config = parse_flags(SampleConfig)
     # A seed gives the same video on both, but for rounding.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        # TF32 for the matrix products that stay in float32
+        torch.set_float32_matmul_precision("high")
 
     # ---- models, and whether the flags fit them
     models = load_models(config.weights, device)

@@ -148,13 +148,52 @@ def film(frames, title, side):
     return np.concatenate([np.asarray(frame) for frame in row], axis=1)
 
 
-def gif_frame(picture, k, fps):
-    """Frame k of a GIF as bytes, from a picture (h, w, 3) uint8.
+def ramp(start, end, steps):
+    """Colours from start to end, the start left out: (steps, 3)."""
+    share = np.arange(1, steps + 1)[:, None] / steps
+    return start + share * (end - start)
+
+
+def as_palette(colours):
+    """Colours (up to 256, 3) in [0, 255] -> an image that holds nothing but this palette."""
+    image = Image.new("P", (1, 1))
+    image.putpalette(np.round(colours).astype(np.uint8).tobytes())
+    return image
+
+
+# The palette of a GIF of grey frames over an ECG strip: every second grey, then what draw_strip
+# mixes. One palette for all frames, because finding one for a frame takes 6 ms.
+GREYS = np.linspace(0, 255, 128)[:, None].repeat(3, axis=1)
+STRIP_COLOURS = np.concatenate([
+    BACKGROUND[None], ramp(BACKGROUND, GRID, 7), ramp(BACKGROUND, AHEAD, 24),
+    ramp(BACKGROUND, PAST, 32), ramp(BACKGROUND, R_PEAK, 24), ramp(BACKGROUND, CURSOR, 20),
+    ramp(PAST, CURSOR, 20)])
+STRIP_PALETTE = as_palette(STRIP_COLOURS)
+GREY_PALETTE = as_palette(np.concatenate([GREYS, STRIP_COLOURS]))
+
+
+def index_grey(picture, side):
+    """A picture (h, w, 3), a grey echo of `side` rows over its strip -> the image of a GIF."""
+    echo = picture[:side, :, 0] // 2
+    strip = Image.fromarray(picture[side:])
+    strip = strip.quantize(palette=STRIP_PALETTE, dither=Image.Dither.NONE)
+    index = np.concatenate([echo, np.asarray(strip) + len(GREYS)]).astype(np.uint8)
+    image = Image.fromarray(index)
+    image.putpalette(GREY_PALETTE.getpalette())
+    return image
+
+
+def index_colours(picture):
+    """A picture (h, w, 3) of any colours -> the image of a GIF, with a palette of its own."""
+    image = Image.fromarray(picture)
+    return image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+
+
+def gif_frame(image, k, fps):
+    """Frame k of a GIF as bytes, from an image with a palette.
 
     It is made of Pillow's parts, because Pillow's own writer keeps all frames in memory to the end.
     """
-    image = Image.fromarray(picture)
-    image = image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     # A GIF counts in 10 ms. Differences of rounded times add no error up over a long video.
     begin = round(100 * k / fps)
     end = round(100 * (k + 1) / fps)
