@@ -30,14 +30,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import generator
-from common.checkpoint import (check_out, check_same, load_state, load_weights, read_file,
-                               save_state, save_weights)
-from common.flags import UserError, parse_flags, run_main
+from common.checkpoint import (check_out, check_same, load_weights, read_file, save_state,
+                               save_weights)
+from common.flags import UserError, parse_flags
 from common.text_encoder import TextConfig, TextEncoder
-from common.training import (Log, all_mean, bfloat16, check_training, ema_update, init_distributed,
-                             optimizer_step, schedule)
+from common.training import (Log, all_mean, bfloat16, check_training, ema_update, first_of_node,
+                             gradient_sync, init_distributed, optimizer_step, resume,
+                             run_settings, run_training, schedule, state_hash)
 from data.dataset import Clips, RandomWindows, batches, random_view
 from data.ecg_signal import augment_recorder_filter, clean_ecg, find_disturbed
+from data.token_cache import open_tokens, write_tokens
 from generator import (Generator, GeneratorConfig, GeneratorSettings, build_condition, check_fits,
                        cosine_schedule, fit_config, load_encoder)
 from tokenizer import Tokenizer, TokenizerConfig, parameter_count
@@ -67,6 +69,7 @@ class TrainConfig(GeneratorSettings):
     p_prefix: float = 0.50          # share with two or more known latent frames; the rest know one
     p_uncond: float = 0.10          # share whose ECG (or text) is replaced by the null context
     p_drop_phrase: float = 0.15     # share of the phrases of a text that are left out
+    cache_tokens: bool = False      # encode all windows once, before the first step; kept in --data
     augment: bool = False           # vary the contrast of each window; turn, scale and shift it
     p_recorder_filter: float = 0.40  # share whose ECG is filtered as by another recorder
     p_hide: float = 0.20            # share with a span of the ECG hidden
@@ -129,6 +132,13 @@ def random_num_prefix(config, kind, length, T):
     return torch.where(kind < config.p_no_prefix, 0, num_prefix)
 
 
+def draw_num_prefix(config, batch, tokenizer):
+    """random_num_prefix of a batch as it comes from the loader: (B,) int64, on the CPU."""
+    T = tokenizer.latent_frames
+    u = split_uniforms(batch["uniform"], T * tokenizer.grid ** 2)
+    return random_num_prefix(config, u["prefix_kind"][:, 0], u["prefix_length"][:, 0], T)
+
+
 def random_token_mask(num_prefix, ratio, order):
     """Which tokens are masked: bool (B, T, N); at least one, and none of a known latent frame.
 
@@ -188,7 +198,6 @@ def random_fade(u, p):
 
 class BatchChoices(NamedTuple):
     """All random choices of a batch of B clips."""
-    num_prefix: torch.Tensor        # (B,) known latent frames
     masked: torch.Tensor            # (B, T', h, w) True = to be predicted
     fade: torch.Tensor              # (B, 1, 1, 4, 4) gains of the prefix
     anchor: torch.Tensor            # (B, h, w) tokens, -1 = none
@@ -197,20 +206,19 @@ class BatchChoices(NamedTuple):
     critic_uniforms: torch.Tensor   # (B, 2, T' h w) for the critic's input
 
 
-def random_choices(config, uniforms, tokens, anchor_tokens, samples):
+def random_choices(config, uniforms, num_prefix, tokens, anchor_tokens, samples):
     """BatchChoices from the uniform numbers (B, K) that come with a batch.
 
-    tokens (B, T', h, w), anchor_tokens (B, h, w), samples of the ECG (0: there is none).
+    num_prefix (B,) known latent frames, tokens (B, T', h, w), anchor_tokens (B, h, w), samples of
+    the ECG (0: there is none).
     """
     T, h, w = tokens.shape[1:]
     u = split_uniforms(uniforms, T * h * w)
 
-    # How many frames are known comes first: the mask and the anchor depend on it.
-    num_prefix = random_num_prefix(config, u["prefix_kind"][:, 0], u["prefix_length"][:, 0], T)
+    # The mask and the anchor depend on how many frames are known.
     mask_order = u["mask_order"].unflatten(1, (T, h * w))
     masked = random_token_mask(num_prefix, u["mask_ratio"][:, 0], mask_order)
     return BatchChoices(
-        num_prefix=num_prefix,
         masked=masked.reshape(tokens.shape),
         fade=random_fade(u["fade"], config.p_fade),
         anchor=random_anchor(u["anchor"], anchor_tokens, num_prefix, config.p_anchor),
@@ -224,23 +232,25 @@ def reencode_prefix(tokenizer, tokens, num_prefix, fade=None):
 
     Decoding and encoding lose some detail. A model that has only seen clean prefixes would add up
     these errors from window to window. fade (B, 1, 1, 4, 4): gains of the decoded video.
-    num_prefix (B,) below 2: nothing changes, since the first frame is given as it is.
+    num_prefix (B,) below 2: nothing changes, since the first frame is given as it is. It lies on
+    the CPU, which then knows the shapes below without waiting for a GPU.
     """
-    has_prefix = num_prefix > 1                                             # B
-    if not has_prefix.any():
+    rows = (num_prefix > 1).nonzero()[:, 0].to(tokens.device)               # b clips with a prefix
+    if len(rows) == 0:
         return tokens
     # The decoder is causal, so the later tokens do not change the prefix's frames.
-    video = tokenizer.decode(tokens[has_prefix])                            # b C T H W
+    video = tokenizer.decode(tokens[rows])                                  # b C T H W
     if fade is not None:
         # Smooth gains over the picture, the same in each frame.
-        gain = F.interpolate(fade[has_prefix], size=(1, *video.shape[-2:]), mode="trilinear")
+        gain = F.interpolate(fade[rows], size=(1, *video.shape[-2:]), mode="trilinear")
         video = video * gain
     reencoded = tokens.clone()
-    reencoded[has_prefix] = tokenizer.encode(video.clamp(0, 1))
+    reencoded[rows] = tokenizer.encode(video.clamp(0, 1))
 
     # Only the known latent frames change. The masked ones keep the true tokens as their target.
-    frame = torch.arange(tokens.shape[1], device=tokens.device)             # T'
-    in_prefix = (frame < num_prefix[:, None]) & has_prefix[:, None]         # B T'
+    frame = torch.arange(tokens.shape[1])                                   # T'
+    in_prefix = (frame < num_prefix[:, None]) & (num_prefix > 1)[:, None]   # B T'
+    in_prefix = in_prefix.to(tokens.device)
     return torch.where(in_prefix[..., None, None], reencoded, tokens)
 
 
@@ -307,6 +317,22 @@ def start_from(folder, shape, tokenizer, encoder):
     return model
 
 
+def compile_transformer(generator):
+    """Compile the transformer of a generator, and of its critic, once for any number of leads."""
+    for trunk in {generator, generator.critic_trunk}:
+        graph = torch.compile(trunk.transform)
+
+        def transform(tokens, masked, context, graph=graph):
+            """Trunk.transform, compiled."""
+            # The keys and values of Z are as many as the leads, which change from batch to batch.
+            # What else depends on the leads is small, and stays outside of what is compiled.
+            for keys, values in context.keys_values:
+                torch._dynamo.mark_dynamic(keys, 2)
+                torch._dynamo.mark_dynamic(values, 2)
+            return graph(tokens, masked, context)
+        trunk.transform = transform
+
+
 # ---------------------------------------------------------------- losses
 
 def masked_mean(loss, masked):
@@ -357,16 +383,26 @@ def known_of(batch):
     return known
 
 
-def batch_loss(config, model, tokenizer, batch, samples):
-    """Loss of one batch -> loss, {name: value} for the log. samples: of the ECG encoder, or 0."""
+def tokens_of(batch, tokenizer):
+    """Tokens of the window (B, T', h, w) and of the anchor (B, h, w): encoded, or from the cache."""
+    if "tokens" in batch:
+        return batch["tokens"], batch["anchor_tokens"]
+    return tokenizer.encode(batch["video"]), tokenizer.encode(batch["anchor"])[:, 0]
+
+
+def batch_loss(config, model, tokenizer, batch, num_prefix, samples):
+    """Loss of one batch -> loss, {name: value} for the log. samples: of the ECG encoder, or 0.
+
+    num_prefix (B,): the known latent frames of each clip, on the CPU.
+    """
     # 1. The tokens of the window and of the anchor, and the random choices.
-    tokens = tokenizer.encode(batch["video"])                               # B T' h w
-    anchor_tokens = tokenizer.encode(batch["anchor"])[:, 0]                 # B h w
-    choices = random_choices(config, batch["uniform"], tokens, anchor_tokens, samples)
+    tokens, anchor_tokens = tokens_of(batch, tokenizer)
+    known_frames = num_prefix.to(tokens.device)                             # B
+    choices = random_choices(config, batch["uniform"], known_frames, tokens, anchor_tokens, samples)
     masked = choices.masked
 
     # 2. Prefixes as sampling will have them.
-    tokens = reencode_prefix(tokenizer, tokens, choices.num_prefix, choices.fade)
+    tokens = reencode_prefix(tokenizer, tokens, num_prefix, choices.fade)
 
     # 3. The loss of the masked tokens.
     known = known_of(batch) | dict(anchor=choices.anchor, drop=choices.drop)
@@ -380,7 +416,7 @@ def batch_loss(config, model, tokenizer, batch, samples):
     # 4. The critic judges all tokens but the known ones.
     each, logits, fake = model(tokens, masked, choices.critic_uniforms, **known)
     frame = torch.arange(tokens.shape[1], device=tokens.device)[:, None, None]
-    free = frame >= choices.num_prefix[:, None, None, None]
+    free = frame >= known_frames[:, None, None, None]
     bce, critic_log = critic_loss(logits, fake, free.expand_as(fake))
     return masked_mean(each, masked) + config.critic_weight * bce, log | critic_log
 
@@ -425,23 +461,37 @@ def evaluate(model, tokenizer, data, config, *, device, rank, world, items=64):
         start = (k * world + rank) * config.batch
         clips = [data[n] for n in range(start, start + config.batch)]
         batch = to_device(torch.utils.data.default_collate(clips), device)
-        tokens = tokenizer.encode(batch["video"])                           # B T' h w
+        tokens, anchor_tokens = tokens_of(batch, tokenizer)
         B, T, h, w = tokens.shape
         u = split_uniforms(batch["uniform"], T * h * w)
-        anchor_tokens = tokenizer.encode(batch["anchor"])[:, 0]             # B h w
-        for name, known_frames in (("first", 1), ("prefix", T // 2)):
+        for name, length in (("first", 1), ("prefix", T // 2)):
             # All clips know as many frames; the masks come from their own uniform numbers.
-            num_prefix = torch.full((B,), known_frames, device=device)
+            num_prefix = torch.full((B,), length)
+            known_frames = num_prefix.to(device)
             order = u["mask_order"].unflatten(1, (T, h * w))
-            masked = random_token_mask(num_prefix, u["mask_ratio"][:, 0], order)
+            masked = random_token_mask(known_frames, u["mask_ratio"][:, 0], order)
             masked = masked.reshape(tokens.shape)
             # As in sampling, but without a fade, and always with an anchor.
             given = reencode_prefix(tokenizer, tokens, num_prefix)
-            anchor = random_anchor(u["anchor"], anchor_tokens, num_prefix, p=1)
+            anchor = random_anchor(u["anchor"], anchor_tokens, known_frames, p=1)
             for ecg, shown in zip(ecgs, (batch, with_wrong_ecg(batch))):
                 loss = model.token_loss(given, masked, anchor=anchor, **known_of(shown))
                 sums[f"val_{name}_{ecg}"] += masked_mean(loss, masked).item() / num_batches
     return all_mean(sums, device)
+
+
+def cache_tokens(config, data, tokenizer, device):
+    """Let RandomWindows give tokens in place of video; those of a set and tokenizer are kept."""
+    if config.augment:
+        raise UserError("--cache_tokens: with --augment no window is the same twice")
+    name = state_hash(tokenizer.state_dict())
+    # The first process of a machine writes, the others wait for it.
+    if first_of_node():
+        write_tokens(data.clips, tokenizer, name, device)
+    if dist.is_initialized():
+        dist.barrier()
+    open_tokens(data.clips, name)
+    data.cached_tokens = True
 
 
 def make_data(config, split, *, tokenizer, samples, group, is_train):
@@ -491,6 +541,8 @@ def main():
                       group=config.batch * world)
     train = windows("train", is_train=True)
     val = windows("val", is_train=False)
+    if config.cache_tokens:
+        cache_tokens(config, train, tokenizer, device)
 
     # ---- model
     shape = fit_config(config, tokenizer, encoder)
@@ -513,11 +565,14 @@ def main():
     ema = copy.deepcopy(raw).eval()
     parts = {"model": raw, "ema": ema, "optimizer": optimizer}
 
-    # ---- resume
-    step, seconds = load_state(state_path, parts) if config.resume else (0, 0.0)
+    # ---- resume: all ranks start from the same step, with the same settings, clips and weights
+    settings = run_settings(config, world, train.clips, tokenizer)
+    step, seconds = resume(settings, state_path, parts)
 
     # ---- compile and DDP: `model` is called, `raw` holds its parameters
-    model = torch.compile(raw) if config.compile else raw
+    if config.compile:
+        compile_transformer(raw.generator)
+    model = raw
     if dist.is_initialized():
         device_ids = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=device_ids)
@@ -539,20 +594,23 @@ def main():
             results = log.write(step, **results)
 
         # save
-        if rank == 0 and step > 0 and (done >= 1 or step % config.save_every == 0):
+        if first_of_node() and step > 0 and (done >= 1 or step % config.save_every == 0):
             save_weights(config.out, "generator", ema.generator, step)
             if encoder is not None:
                 save_weights(config.out, f"{config.condition}_encoder", ema.encoder, step)
-            save_state(state_path, parts, step, seconds)
+            save_state(state_path, parts, step=step, seconds=seconds, settings=settings)
         if done >= 1:
             break
 
-        # accumulate the gradients of one or more batches
-        for _ in range(config.accumulate):
-            batch = to_device(log.wait(loader), device)
-            with bfloat16(device, config.bf16):
-                loss, values = batch_loss(config, model, tokenizer, batch, samples)
-            (loss / config.accumulate).backward()
+        # accumulate the gradients of one or more batches; the ranks average them after the last
+        for k in range(config.accumulate):
+            batch = log.wait(loader)
+            num_prefix = draw_num_prefix(config, batch, tokenizer)
+            batch = to_device(batch, device)
+            with gradient_sync(model, wanted=k == config.accumulate - 1):
+                with bfloat16(device, config.bf16):
+                    loss, values = batch_loss(config, model, tokenizer, batch, num_prefix, samples)
+                (loss / config.accumulate).backward()
 
         # clip the gradient, step, EMA
         optimizer_step(config, raw, optimizer, lr=lr, step=step, clips=train.clips, batch=batch,
@@ -575,4 +633,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_training(main)

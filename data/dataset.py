@@ -14,6 +14,7 @@ of a training is a function of (seed, item number). So the draws are the same fo
 processes, and a training that is resumed needs no saved random state.
 """
 import csv
+import hashlib
 import json
 import math
 import mmap
@@ -39,7 +40,8 @@ INTEGERS = ("start", "frames", "ecg_start", "ecg_samples")
 REALS = ("fps", "ecg_offset_s", "ef", "edv_ml", "esv_ml")
 # The columns that are read when a set is opened; all others when their clip is asked for.
 INDEX = np.dtype([(name, np.int64) for name in INTEGERS] + [("fps", np.float64)])
-ARRAYS = {"video": np.uint8, "ecg": np.float32, "mask": np.uint8, "volume": np.float32}
+ARRAYS = {"video": np.uint8, "ecg": np.float32, "mask": np.uint8, "volume": np.float32,
+          "tokens": np.uint16}      # tokens: only of a training (data/token_cache.py)
 UNTRACED = 255      # all of a mask of a frame that nobody traced
 ECG_PATCH = 75      # an ECG encoder's window is a whole number of such patches (0.3 s)
 
@@ -106,9 +108,12 @@ class Shard:
             raise UserError(f"{self.folder}/clips.csv: {error}") from None
         return row
 
-    def open_array(self, name):
-        """NAME.npy, memory-mapped; UserError if it is damaged or shorter than the table says."""
-        path = self.folder / f"{name}.npy"
+    def open_array(self, name, file=None):
+        """The array of FILE, by default NAME.npy, memory-mapped.
+
+        UserError if it is damaged or shorter than the table says.
+        """
+        path = self.folder / (file or f"{name}.npy")
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
@@ -191,6 +196,14 @@ class Clips:
 
     def __len__(self):
         return int(self.ends[-1])
+
+    def fingerprint(self):
+        """How many clips, and a hash of their tables: "6 (1a2b3c4d5e6f)". The same on any disk."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            for line in (",".join(shard.names), *shard.lines):
+                digest.update(line.encode() + b"\n")
+        return f"{len(self)} ({digest.hexdigest()[:12]})"
 
     def draw(self, rng):
         """A random clip's number. Each set is drawn equally often, whatever its size."""
@@ -320,6 +333,9 @@ class RandomWindows(Dataset):
     with anchor_seconds:
         anchor (C, 1, H, W)      any frame of the clip
         anchor_ecg (L, samples)  the ECG around that frame, if ecg_samples > 0
+    with cached_tokens, in place of video and anchor:
+        tokens (T', h, w)        of the window
+        anchor_tokens (h, w)     of the anchor frame
     with p_drop_phrase:
         text                     the clip's line of text
     UserError if the set lacks what the items need.
@@ -339,6 +355,7 @@ class RandomWindows(Dataset):
     channels: int = 0                       # of the video, see as_video
     anchor_seconds: tuple | None = None     # seconds of ECG (before, after) the anchor frame
     p_drop_phrase: float | None = None      # probability that a phrase of the text is left out
+    cached_tokens: bool = False             # the clips have tokens (data/token_cache.py)
 
     def __post_init__(self):
         shards = self.clips.shards
@@ -402,7 +419,10 @@ class RandomWindows(Dataset):
 
         window = Window(clip, row, start, anchor)
         item = {"clip": clip, "fps": row["fps"], "uniform": torch.from_numpy(uniform)}
-        item |= self.video_items(window, rng)
+        if self.cached_tokens:
+            item |= self.token_items(window)
+        else:
+            item |= self.video_items(window, rng)
         if self.ecg_samples:
             item |= self.ecg_items(window, n, rng)
         if self.p_drop_phrase is not None:
@@ -423,6 +443,14 @@ class RandomWindows(Dataset):
         if window.anchor is not None:
             items["anchor"] = video[:, self.frames:]                                       # C 1 H W
         return items
+
+    def token_items(self, window):
+        """The tokens of the window and of its anchor frame, from the cache."""
+        items = {"tokens": self.clips.per_frame("tokens", window.clip, window.start, 1)}
+        if window.anchor is not None:
+            # The first latent frame of a window is the frame with which it begins.
+            items["anchor_tokens"] = self.clips.per_frame("tokens", window.clip, window.anchor, 1)[:, 0]
+        return {name: torch.from_numpy(x[0].astype(np.int64)) for name, x in items.items()}
 
     def ecg_items(self, window, n, rng):
         """The ECG of the window and of its anchor frame, both cut out of the clip's cleaned ECG."""
