@@ -8,7 +8,8 @@
     python evaluate.py figure --ecg=watch.csv           # Fig. 3: OUT/figure.png and OUT/figure.gif
     python evaluate.py segmenter --data=datasets/NAME --segmenter=runs/NAME     # Dice and EF
     python evaluate.py drift --weights=runs/demo --frames=2000                  # a long video
-    python evaluate.py speed --weights=runs/demo            # seconds and FLOPs of a video
+    python evaluate.py speed --weights=runs/demo    # seconds and FLOPs of sampling and training
+    python evaluate.py speed --preset=paper         # the same at the paper's sizes, random weights
 
 Each mode prints a table and writes OUT/eval_MODE.json. --target_KEY=x (such as --target_ssim=.8)
 makes a metric a check: exit code 1 where it is farther from its best value than x is. Areas and
@@ -21,7 +22,6 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,18 +40,18 @@ from data.ecg_signal import clean_ecg
 from data.ecgsyn import make_ecg
 from generator import DecodingConfig, check_decoding, load_models, stream_video
 from metrics.clip_ecg import aligned_ecg, pick_leads, r_peaks_of
-from metrics.ejection_fraction import ef_scores, measure_masks, median_or_nan, ratio
+from metrics.ejection_fraction import ef_scores, measure_masks, median_or_nan
 from metrics.frechet import KINDS, Detector, Features, frechet, kernel_distance
 from metrics.image_quality import edge_energy, frame_scores, rate_distortion_bound, ssim
 from metrics.lv_segmenter import is_traced, load_segmenter, measure_segmenter, segment
 from metrics.paper_figure import (DONOR, GIF_TITLES, TRUE, figure_traces, write_gif,
                                   write_png)
 from metrics.paper_tables import markdown
-from metrics.profiling import clock, flops, matmul_rate, measure_parts, peak_memory
+from metrics.speed import KEYS, PARTS, paper_models
+from metrics.speed import measure_speed as measure_models
 from metrics.synchrony import (SHIFT_S, Record, beat_metrics, diversity, ef_metrics, flat_metrics,
                                hidden_metrics, in_middle, own_metrics, shift_metrics, swap_metrics)
-from tokenizer import (Tokenizer, TokenizerConfig, codebook_usage, index_counts, parameter_count,
-                       patchify)
+from tokenizer import Tokenizer, TokenizerConfig, codebook_usage, index_counts, patchify
 
 
 @dataclass
@@ -73,14 +73,15 @@ class EvalConfig(DecodingConfig):
     inception: str = ""             # generation: NVIDIA's TorchScript detector for FID and KID
     i3d: str = ""                   # the same for FVD
     vgg: str = ""                   # the same for LPIPS
+    preset: str = "demo"            # speed: demo = --weights, paper = random, of the paper's sizes
+    train_batch: int = 1            # speed: clips of one step of a training
+    bf16: bool = True               # speed: bfloat16 where the device is fast in it; 0 = float32
     batch: int = 16                 # clips or windows at a time
     seed: int = 0                   # of the choice of clips and of the generated videos
 
 
 # ------------------------------------------------------------------- the metrics of each mode
 
-PARTS = ("video", "tokenizer_encode", "tokenizer_decode", "encoder", "generator")
-COSTS = ("seconds", "gflop", "share_of_matmul")
 BEATS = ["ed_error_ms_median", "ed_error_ms_p95", "beat_recall", "false_beats"]
 EF = ["ef_r2", "ef_mae", "ef_rmse"]
 # The video that is generated under a clip's own ECG, against the true one and the set's own values.
@@ -102,8 +103,7 @@ METRICS = {
     "drift": ["grey", "contrast", "area", *[f"{key}_first" for key in BEATS],
               *[f"{key}_last" for key in BEATS], "clips"],
     "figure": ["rows", "frames"],
-    "speed": [*[f"{part}_{cost}" for part in PARTS for cost in COSTS],
-              "matmul_gflop_per_s", "parameters_m", "peak_memory_mb", "frames"],
+    "speed": KEYS,
 }
 
 # How --target_KEY=x reads. A metric passes if it is as near to its best value as x, or nearer.
@@ -111,7 +111,8 @@ METRICS = {
 BEST_VALUE = {
     # The larger, the better: x is a lower bound.
     **dict.fromkeys(["psnr", "codes_used", "codebook_perplexity", "sector_perplexity", "windows",
-                     "clips", "matmul_gflop_per_s"], math.inf),
+                     "clips", "matmul_gflop_per_s", "tokens_per_s", "train_clips_per_s",
+                     "train_tokenizer_clips_per_s"], math.inf),
     # Correlations, shares, and ratios to the true video or to a machine's peak: best at 1.
     **dict.fromkeys(["dice", "ssim", "sharpness", "ef_r2", "ef_r2_true", "ef_r2_decoded",
                      "area_r_median", "area_r_mean", "area_r_traced_median", "area_r_traced_mean",
@@ -119,7 +120,8 @@ BEST_VALUE = {
                      "flat_drift", "swap_follows_donor", "swap_r_donor",
                      "hidden_r_visible", "hidden_r_unseen", "hidden_amplitude",
                      "grey", "contrast", "area", "beat_recall_first", "beat_recall_last",
-                     *[f"{part}_share_of_matmul" for part in PARTS]], 1),
+                     "mfu", "mfu_tokenizer",
+                     *[f"{part}_share_of_matmul" for part in (*PARTS, "forward")]], 1),
     # The lag of the heart should be that of the ECG.
     "shift_ms": 200,
 }
@@ -650,39 +652,22 @@ def measure_drift(config, device):
     return metrics | {"clips": len(traces)}
 
 
-@torch.no_grad()
 def measure_speed(config, device):
-    """A video of --frames from a built-in ECG alone, --num at a time (0 = 1), and its parts.
+    """Seconds, FLOPs and memory of sampling and training, see metrics/speed.py.
 
-    Seconds, GFLOP and the share of the machine's matmul rate. The FLOPs are counted in a video
-    before, which is not timed: counting takes time, and the first video warms up.
+    The video has --frames from a built-in ECG alone, --num at a time (0 = 1).
     """
-    models = load_checked(config, device)
-    tokenizer, encoder, generator = models
-    _, arguments = built_in(config, ecg_margin(encoder), config.num or 1)
-    # In the order of PARTS, after the whole video.
-    methods = [(tokenizer, "encode"), (tokenizer, "decode"), (encoder, "forward"),
-               (generator, "sample_tokens")]
-
-    def make_video():
-        """Generate the video and throw it away."""
-        return list(stream_video(*models, **arguments))
-
-    # Share of the machine's rate = (operations / seconds) / rate.
-    work = measure_parts(make_video, methods, flops)
-    seconds = measure_parts(make_video, methods, partial(clock, device))
-    rate = matmul_rate(device)
-    metrics = {
-        "matmul_gflop_per_s": rate / 1e9,
-        "parameters_m": sum(map(parameter_count, models)),
-        "peak_memory_mb": peak_memory(device) / 1e6,
-        "frames": config.frames,
-    }
-    for part, flop, s in zip(PARTS, work, seconds):
-        metrics[f"{part}_seconds"] = s
-        metrics[f"{part}_gflop"] = flop / 1e9
-        metrics[f"{part}_share_of_matmul"] = ratio(flop, s * rate)
-    return metrics
+    if config.preset not in ("demo", "paper"):
+        raise UserError(f"--preset={config.preset}: choose one of demo, paper")
+    if config.train_batch < 1:
+        raise UserError(f"--train_batch={config.train_batch}: must be at least 1")
+    if config.preset == "paper":
+        models = paper_models(device)
+        check_decoding(config, models[2].config, models[0].config)
+    else:
+        models = load_checked(config, device)
+    _, arguments = built_in(config, ecg_margin(models[1]), config.num or 1)
+    return measure_models(config, models, arguments, device)
 
 
 # ------------------------------------------------------------------------- command line

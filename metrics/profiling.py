@@ -6,12 +6,15 @@ from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import (FlopCounterMode, sdpa_backward_flop_count,
+                                      sdpa_flop_count)
 
 from common.training import bfloat16
 
-MATRIX_SIZE = 2048      # side of the square matrices whose product gives the machine's rate
-REPEATS = 8             # of that product; the fastest counts
+# Side of the square matrices whose product gives the machine's rate. A GPU needs large ones: the
+# product of small ones is over before the next one has started.
+MATRIX_SIZE = {"cuda": 8192, "cpu": 2048}
+REPEATS = {"cuda": 100, "cpu": 8}       # of that product; the fastest counts
 
 
 def wait(device):
@@ -35,15 +38,27 @@ def cpu_attention_flops(q, k, v, *rest, **more):
     return sdpa_flop_count(q, k, v)
 
 
+def cpu_attention_backward_flops(gradient, q, k, v, *rest, **more):
+    """FLOPs of its backward pass, from the shapes of the output's gradient and of q, k and v."""
+    return sdpa_backward_flop_count(gradient, q, k, v)
+
+
+# torch counts the attention of its kernels for a GPU, but not that of its kernel for a CPU.
+aten = torch.ops.aten
+CPU_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: cpu_attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: cpu_attention_backward_flops,
+}
+
+
 @contextmanager
 def flops():
     """Gives a function that returns the floating-point operations inside the with block.
 
-    Matrix products, convolutions and attention are counted.
+    Matrix products, convolutions and attention are counted, forward and backward. Causal attention
+    counts as if it were not causal.
     """
-    # torch does not count the attention of its own CPU kernel.
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={kernel: cpu_attention_flops}) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         yield counter.get_total_flops
 
 
@@ -74,16 +89,23 @@ def measure_parts(run, methods, meter):
 @torch.no_grad()
 def matmul_rate(device):
     """Operations a second of a square matrix product, the best of REPEATS."""
-    a = torch.randn(MATRIX_SIZE, MATRIX_SIZE, device=device)
+    size = MATRIX_SIZE[device.type]
+    a = torch.randn(size, size, device=device)
     best = math.inf
     with bfloat16(device):
         # The first product gives `a` the type in which models compute on this device.
-        a = torch.mm(a, a) / MATRIX_SIZE
-        for _ in range(REPEATS):
+        a = torch.mm(a, a) / size
+        for _ in range(REPEATS[device.type]):
             with clock(device) as read:
                 torch.mm(a, a)
             best = min(best, read())
-    return 2 * MATRIX_SIZE ** 3 / best
+    return 2 * size ** 3 / best
+
+
+def reset_peak_memory(device):
+    """From now on peak_memory sees what comes after; of a process alone, the peak stays."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device):
