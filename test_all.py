@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,13 +25,16 @@ import numpy as np
 import pytest
 import scipy
 import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 import ecg_encoder
 import evaluate
 import sample
 import train_generator
 import train_tokenizer
-from common import checkpoint, training
+from common import checkpoint, picture, training
 from common.flags import UserError, field_comments, parse_flags
 from data import dicom_pixels
 from data.dataset import (LEADS, UNTRACED, Clips, RandomWindows, as_video, batches, crop_or_pad,
@@ -45,9 +49,9 @@ from data.screen_ecg import ScreenECG, erase_strip, read_screen_ecg
 from data.writer import Writer, prepare
 from ecg_encoder import EcgConfig, EcgEncoder, MaskedAutoencoder
 from generator import (SCORERS, DecodingConfig, Generator, GeneratorConfig, build_condition,
-                       classifier_free_guidance, cosine_schedule, halton_order, load_models,
-                       maskgit_decode, sample_categorical, stream_video)
-from metrics import curves, ejection_fraction, frechet, image_quality, lv_segmenter, profiling
+                       classifier_free_guidance, compile_models, concat_unconditional, cosine_schedule,
+                       draw_uniforms, halton_order, load_models, maskgit_decode, sample_categorical, stream_video)
+from metrics import curves, ejection_fraction, frechet, image_quality, lv_segmenter, profiling, speed
 from metrics.clip_ecg import aligned_ecg
 from metrics.r_peak_table import ROWS, measure_row
 from sources import (camus, dicom_cines, echonet_dynamic, echoxflow, mimic_iv_echo, short_axis_mri, video_ecg_folder,
@@ -55,8 +59,8 @@ from sources import (camus, dicom_cines, echonet_dynamic, echoxflow, mimic_iv_ec
 from sources.phantom import PhantomConfig, list_jobs, make_clip
 from tests import dicom_files, ecg_files, screen_cines
 from tests import echoxflow_store as store
-from tokenizer import (LFQ, Tokenizer, TokenizerConfig, add_lora, bits_to_index, index_to_bits,
-                       joint_code_probabilities, lora_state_dict, merge_lora, patchify)
+from tokenizer import (LFQ, Tokenizer, TokenizerConfig, add_lora, attend, bits_to_index,
+                       index_to_bits, joint_code_probabilities, lora_state_dict, merge_lora, patchify)
 
 HERE = Path(__file__).parent
 WATCH = HERE.parent / "shared/real/ecg/apple_watch_digitized.csv"
@@ -245,22 +249,26 @@ def test_perceptual_loss(tmp_path):
 # ---------------------------------------------------------------------------- generator
 
 def test_guidance(tiny):
-    """Guidance that does nothing: s = 1 must be the conditional pass, the null context another one."""
+    """Guidance that does nothing: s = 1 must be the conditional pass, the null context another one; a scale
+    that is not the step's."""
     assert classifier_free_guidance(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), 3.0).tolist() == [[-3.0, -4.0]]
     generator, index = tiny.generator, torch.randint(0, 8192, (2, 6, 8, 8))
     masked, cond, drop = torch.rand(index.shape) < 0.5, ecg_condition(tiny), torch.ones(2, dtype=torch.bool)
     null = [generator.features(index, masked, ecg_condition(tiny, seed=s, drop=drop)) for s in (0, 1)]
     assert not torch.allclose(generator.features(index, masked, cond), null[0], atol=1e-3)
     assert torch.equal(*null)                                   # where nothing of the ECG is left
-    drawn = [generator.sample_tokens(index, masked, cond, guidance=s, temperature=1.0, rng=rng())[0]
-             for s in (1.0, 1.0 + 1e-6, 5.0)]
+    alone, both = generator.context(cond), generator.context(concat_unconditional(cond))
+    places, u = torch.arange(384).expand(2, -1), torch.rand(2, 2, 384)
+    drawn = [generator.sample_tokens(index, places, context, u, guidance=s, temperature=1.0)[0]
+             for s, context in ((None, alone), (1.0, both), (5.0, both))]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     scales = []
-    generator.sample_tokens = lambda i, m, c, *, guidance, **more: (scales.append(guidance), (i, i.float()))[1]
+    generator.sample_tokens = lambda i, places, *a, guidance, **more: (scales.append(guidance),
+                                                                       (places, places.float()))[1]
     for end in (0, 5):
         decoding = DecodingConfig(steps=3, guidance=1, guidance_end=end)
-        maskgit_decode(generator, index, masked, cond, decoding, rng())
-    assert scales == [1, 1, 1, 1, 3, 5]
+        maskgit_decode(generator, index, 0, cond, decoding, draw_uniforms(decoding, index, [rng()]))
+    assert scales == [None, None, None, 1, 3, 5]
 
 
 def test_high_bits_follow_low_bits(tiny):
@@ -274,21 +282,52 @@ def test_high_bits_follow_low_bits(tiny):
 @pytest.mark.parametrize("steps, scorer", [(1, "random"), *((6, name) for name in SCORERS)])
 def test_sampling_fills_all_and_keeps_the_known(tiny, steps, scorer):
     """A mask token left after the last step, or a known token overwritten."""
-    index, masked = torch.zeros(2, 6, 8, 8, dtype=torch.long), torch.ones(2, 6, 8, 8, dtype=torch.bool)
-    index[:, :2], masked[:, :2] = torch.randint(0, 8192, (2, 2, 8, 8)), False
+    index = torch.zeros(2, 6, 8, 8, dtype=torch.long)
+    index[:, :2] = torch.randint(0, 8192, (2, 2, 8, 8))
     calls, sample_tokens = [], tiny.generator.sample_tokens
-    tiny.generator.sample_tokens = lambda i, m, *a, **more: (calls.append(m.sum(dim=(1, 2, 3))),
-                                                            sample_tokens(i, m, *a, **more))[1]
-    out = maskgit_decode(tiny.generator, index.clone(), masked, ecg_condition(tiny),
-                         DecodingConfig(steps, scorer, 1.5), rng())
+    tiny.generator.sample_tokens = lambda i, places, *a, **more: (calls.append(places.sort().values),
+                                                                 sample_tokens(i, places, *a, **more))[1]
+    decoding = DecodingConfig(steps, scorer, 1.5)
+    out = maskgit_decode(tiny.generator, index.clone(), 2, ecg_condition(tiny), decoding,
+                         draw_uniforms(decoding, index, [rng()]))
     assert torch.equal(out[:, :2], index[:, :2]) and len(calls) == steps
     assert (out[:, 2:] != 0).float().mean() > 0.99 and out.max() < 8192
-    assert all(a[0] > b[0] and a[0] == a[1] for a, b in zip(calls, calls[1:]))      # fewer at every step
+    assert all(a.shape[1] > b.shape[1] for a, b in zip(calls, calls[1:]))           # fewer at every step
+    assert calls[0].shape == (2, 256) and all(x.min() >= 128 and x.diff().min() > 0 for x in calls)
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_decoding_does_not_wait_for_the_device(tiny, scorer):
+    """A step that reads a value of a tensor, or whose shapes depend on one: a GPU would stand still. A tensor
+    of the device "meta" has no values to read."""
+    meta, generator, cond = torch.device("meta"), tiny.generator.to("meta"), ecg_condition(tiny)
+    cond = cond._replace(**{name: x.to(meta) for name, x in cond._asdict().items()})
+    decoding = DecodingConfig(3, scorer)
+    tokens = torch.zeros(2, 6, 8, 8, dtype=torch.long, device=meta)
+    out = maskgit_decode(generator, tokens, 2, cond, decoding, draw_uniforms(decoding, tokens, [rng()]))
+    assert out.shape == (2, 6, 8, 8) and out.device == meta
+
+
+def test_compiled_sampling_equals_eager(tiny):
+    """Compiled parts that compute something else, or hold the result of another call."""
+    def results(seed):
+        torch.manual_seed(seed)
+        cond, tokens = ecg_condition(tiny, seed=seed), torch.randint(0, 8192, (2, 6, 8, 8))
+        context = tiny.generator.context(cond)
+        features = tiny.generator.transform(tokens, torch.rand(tokens.shape) < 0.5, context)
+        return cond.z, features, tiny.tokenizer.decode(tokens)
+    with torch.no_grad():
+        eager = [*results(0), *results(1)]
+        for _ in range(2):                                                      # the second time: nothing to do
+            compile_models(tiny.tokenizer, tiny.encoder, tiny.generator)
+        compiled = [*results(0), *results(1)]
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(eager, compiled))
+    assert not torch.allclose(compiled[1], compiled[4], atol=1e-2)
 
 
 def test_halton_order_is_even():
     """An order that leaves holes: each eighth of the turns must reach each frame, row and column."""
-    turn = halton_order(6, 8, 8, "cpu")[0]
+    turn = halton_order(6, 8, 8, torch.device("cpu")).reshape(6, 8, 8)
     assert torch.equal(turn.flatten().sort()[0], torch.arange(384))
     for eighth in range(8):
         for at in (turn // 48 == eighth).nonzero().T:
@@ -398,6 +437,18 @@ def test_anchor(tiny):
     index = tiny.tokenizer.encode(torch.rand(2, 1, 11, 64, 64))
     a, b = (train_generator.reencode_prefix(tiny.tokenizer, index, torch.tensor([3, 3]), x) for x in (None, fade))
     assert not torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and torch.equal(b[:, 3:], index[:, 3:])
+
+
+@pytest.mark.parametrize("n, m", [(1100, 1100), (1100, 37), (300, 300)])
+def test_attention_in_bfloat16(n, m):
+    """Products of a long sequence that mix up heads or positions, or that leave out the scale; gradients of them."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, size, 16, generator=rng).requires_grad_() for size in (n, m, m))
+    y = attend(*[x.bfloat16() for x in (q, k, v)], causal=False).float()
+    true = torch.softmax(q @ k.mT / 4, -1) @ v
+    assert (y - true).norm() < 0.02 * true.norm()
+    for a, b in zip(torch.autograd.grad(y.square().sum(), (q, k, v)), torch.autograd.grad(true.square().sum(), (q, k, v))):
+        assert (a - b).norm() < 0.03 * b.norm()
 
 
 def test_generator_overfits_one_batch(tiny):
@@ -543,10 +594,30 @@ def test_frozen_encoder(phantom, weights, tmp_path):
                 *train_flags("generator", phantom, weights, tmp_path), bad)
 
 
+def test_cached_tokens_equal_fresh(phantom, weights, tmp_path):
+    """Tokens of another window or frame than the training draws, or a cache that is made again at each start."""
+    shutil.copytree(phantom, data := tmp_path / "set")
+    losses, kept = {}, {}
+    for name, *more in ("fresh",), ("first", "--cache_tokens"), ("second", "--cache_tokens"):
+        call(train_generator.main, *train_flags("generator", data, weights, tmp_path / name), "--bf16=0", "--steps=3",
+             "--log_every=1", *more)
+        losses[name] = result(tmp_path / name, "generator")[0]
+        files = {path: path.stat().st_mtime_ns for path in data.glob("train/tokens_*.npy")}
+        assert len(files) == (name != "fresh") and (name != "second" or files == kept)
+        kept = files
+    assert losses["fresh"] == losses["first"] == losses["second"]
+    flags = train_flags("generator", data, weights, tmp_path / "bad")
+    refused("no window is the same twice", call, train_generator.main, *flags, "--cache_tokens", "--augment")
+    path, = kept
+    path.write_bytes(path.read_bytes()[:-9000])
+    refused("remove it", call, train_generator.main, *flags, "--cache_tokens")
+
+
 @pytest.mark.parametrize("stage", TRAINERS)
 def test_two_ranks_equal_one_process(stage, phantom, weights, tmp_path):
     """Entropy or masked mean not over all ranks, the same data on both ranks, or gradients not averaged."""
-    more = {"tokenizer": ["--bf16=0", "--entropy_weight=1", *ADVERSARIAL], "generator": ["--bf16=0"]}
+    more = {"tokenizer": ["--bf16=0", "--entropy_weight=1", "--accumulate=2", *ADVERSARIAL],
+            "generator": ["--bf16=0", "--accumulate=2"]}
     flags = ["--steps=4", "--warmup=1", "--log_every=1", *more.get(stage, [])]
     call(TRAINERS[stage].main, *train_flags(stage, phantom, weights, tmp_path / "one"), *flags)
     run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TRAINERS[stage].__file__,
@@ -556,6 +627,130 @@ def test_two_ranks_equal_one_process(stage, phantom, weights, tmp_path):
         a, b = (torch.cat([v.flatten().float() for v in state[name].values()]) for state in (one, two))
         assert (a - b).norm() < 1e-3 * a.norm(), name
     assert all(halves[step] == pytest.approx(losses[step], rel=2e-4) for step in (0, 2))
+
+
+def free_port():
+    """A port that no one listens to."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "generator"])
+def test_gradients_are_averaged_once_a_step(stage, phantom, weights, tmp_path, monkeypatch):
+    """DDP that sends its gradients after each of the accumulated batches."""
+    class CountedDDP(DistributedDataParallel):
+        sent = 0
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.register_comm_hook(None, self.count)
+
+        @staticmethod
+        def count(state, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            CountedDDP.sent += bucket.is_last()
+            return allreduce_hook(state, bucket)
+
+    monkeypatch.setattr(TRAINERS[stage], "DistributedDataParallel", CountedDDP)
+    monkeypatch.setattr(TRAINERS[stage], "evaluate", lambda *args, **kwargs: {})
+    group = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    for name, value in group.items():
+        monkeypatch.setenv(name, value)
+    try:
+        call(TRAINERS[stage].main, *train_flags(stage, phantom, weights, tmp_path), "--steps=2", "--batch=1",
+             "--accumulate=3")
+    finally:
+        dist.destroy_process_group()
+    assert CountedDDP.sent == 2
+
+
+def two_nodes(stage, *args, own, kill=None):
+    """A training as two nodes of one process run it, without torchrun: (exit code, stderr) of both.
+
+    own: more flags of each. kill: the second is killed as soon as this file is there.
+    """
+    env = os.environ | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE="2", OMP_NUM_THREADS="1")
+    ranks = [subprocess.Popen([sys.executable, TRAINERS[stage].__file__, *args, *own[k]], env=env | {"RANK": str(k)},
+                              text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for k in range(2)]
+    if kill:
+        while not kill.exists() and ranks[1].poll() is None:
+            time.sleep(0.05)
+        ranks[1].kill()
+    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    return [(rank.returncode, error) for rank, error in zip(ranks, errors)]
+
+
+def test_two_nodes_without_a_shared_disk(phantom, weights, tmp_path):
+    """Nodes that start from different steps, take other settings, or wait for a rank that is gone."""
+    flags = [*train_flags("ecg_encoder", phantom, weights, ""), "--batch=2", "--log_every=1", "--save_every=2"]
+    own = [f"--out={tmp_path / 'a'}"], [f"--out={tmp_path / 'b'}"]
+    files = [tmp_path / name / "ecg_encoder_state.pt" for name in "ab"]
+
+    # 1. The second is killed, once it has saved: the first ends with one line, and no traceback.
+    (code, error), (killed, _) = two_nodes("ecg_encoder", *flags, "--steps=10000", own=own, kill=files[1])
+    assert (code, killed) == (2, -9) and "Traceback" not in error
+    assert re.search(r"ecg_encoder.py: rank 0 lost another rank \(.*start all again with --resume\n", error), error
+
+    # 2. The first has lost its state: it gets that of the other.
+    files[0].unlink()
+    step = torch.load(files[1])["step"]
+    flags.append("--resume")
+    ends = two_nodes("ecg_encoder", *flags, f"--steps={step + 2}", own=own)
+    assert [code for code, _ in ends] == [0, 0], ends
+    a, b = map(torch.load, files)
+    assert a["step"] == b["step"] == step + 2
+    assert all(torch.equal(a[k][w], b[k][w]) for k in ("model", "ema") for w in a[k])
+
+    # 3. Another setting than the one that is saved.
+    for code, error in two_nodes("ecg_encoder", *flags, "--lr=2", own=own):
+        lines = [line for line in error.splitlines() if "it/s" not in line]
+        assert code == 2 and len(lines) == 1 and "lr=0.001, now it is lr=2.0" in lines[0], error
+
+
+def test_ranks_that_differ(monkeypatch):
+    """A rank that was started with another setting, set or weights than the others."""
+    parts = {"model": torch.nn.Linear(2, 2)}
+    for name, differs in ("lr", True), ("clips", True), ("first weights", True), ("data", False), ("workers", False):
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "gather", lambda x: [x, x | {name: "other"}] if isinstance(x, dict) else [x])
+            settings = dict(lr=1e-3, clips="6 (1a2b)", data="here", workers=0)
+            if differs:
+                refused(f"rank 1 was started with {name}=other, rank 0", training.check_ranks_agree, settings, parts)
+            else:
+                training.check_ranks_agree(settings, parts)
+
+
+@pytest.mark.parametrize("stage", TRAINERS)
+def test_resume_with_other_settings(stage, phantom, weights, tmp_path, monkeypatch):
+    """--resume that takes another setting without a word, or refuses one that may change."""
+    monkeypatch.setattr(TRAINERS[stage], "evaluate", lambda *args, **kwargs: {}, raising=False)
+    out = shutil.copytree(weights, tmp_path / "out")
+    flags = [*train_flags(stage, phantom, weights, out), "--resume"]
+    resumed = lambda *more: call(TRAINERS[stage].main, *flags, "--steps=4", *more)
+    depth = "depth_space" if stage == "tokenizer" else "depth"
+    for flag, old, new in (("dim", 32, 64), (depth, 1, 2), ("lr", 0.001, 0.5), ("seed", 0, 1), ("batch", 4, 2)):
+        refused(f"was saved with {flag}={old}, now it is {flag}={new}", resumed, f"--{flag}={new}")
+    refused("lr=0.001, now it is lr=2.0; with seed=0, now it is seed=3", resumed, "--lr=2", "--seed=3")
+    few = shutil.copytree(phantom, tmp_path / "few")
+    table = few / "train/clips.csv"
+    table.write_text("".join(table.read_text().splitlines(True)[:-1]))
+    refused("was saved with clips=6 (", resumed, f"--data={few}")
+    resumed(f"--data={shutil.copytree(phantom, tmp_path / 'moved')}", "--minutes=9", "--workers=1", "--log_every=7")
+
+    # A state of an older version has no settings.
+    state = torch.load(out / f"{stage}_state.pt")
+    del state["settings"]
+    torch.save(state, out / f"{stage}_state.pt")
+    resumed("--lr=2")
+
+
+def test_one_process_only(phantom, tmp_path, monkeypatch):
+    """Two processes of torchrun that write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    out = tmp_path / "out"
+    refused("runs in one process", call, lv_segmenter.main, f"--data={phantom}", f"--out={out}")
+    refused("runs in one process", call, short_axis_mri.main, f"--out={out}", "--clips=1")
+    refused("runs in one process", prepare, out, {}, {}, None)              # every source calls it
+    assert not list(tmp_path.iterdir())
 
 
 def test_validation_of_many_ranks(phantom, weights):
@@ -1655,6 +1850,14 @@ LOOKS = {
     "scroll, blue": dict(kind="scroll", colour="blue", clutter=("breath",)),
     "scroll over the sector, many frames": dict(kind="scroll", place="over", fps=60, seconds=2),
     "scroll, half transparent": dict(kind="scroll", place="within", alpha=0.7, line=2),
+    # The curved edge of the sector and a breath are lines, too
+    "cursor across the edge of the sector": dict(kind="cursor", colour="yellow", place="edge", alpha=0.55, line=2,
+                                                 marker_colour="white", clutter=("breath",)),
+    "cursor upon a bright sector": dict(kind="cursor", place="edge", alpha=0.5, fps=15, gain=1.4, marker_colour="white"),
+    "sweep, white upon speckle": dict(kind="sweep", colour="white", place="within", alpha=0.55, line=2, fps=30, seconds=4,
+                                      height=60, width=480, gain=1.2),
+    "sweep, white across the edge": dict(kind="sweep", colour="white", place="edge", alpha=0.5, line=2, fps=30, seconds=4,
+                                         height=60, width=480, gain=1.2),
 }
 NO_STRIP = {
     "no trace": dict(kind="none", clutter=("rate", "ticks")),
@@ -1874,6 +2077,18 @@ def test_sample_writes_what_it_says(weights, tmp_path):
     assert torch.allclose(first[0, 0, 0] * 255, torch.from_numpy(video[0, ..., 0]).float(), atol=1)
 
 
+def test_gif_has_the_colours_of_the_video():
+    """Bands of grey in the echo, or a colour of the strip that its palette lacks."""
+    echo = np.arange(64 * 64 * 4).reshape(64, 256, 1).repeat(3, 2) // 64 % 256      # every grey
+    time = np.arange(500) / 100
+    strip = picture.draw_strip(2.5, 5.0, time, 32 + 20 * np.sin(9 * time), np.array([1.0, 4.0]), 64, 256)
+    drawn = np.concatenate([echo.astype(np.uint8), strip])
+    shown = np.asarray(picture.index_grey(drawn, 64).convert("RGB")).astype(int)
+    error = abs(shown - drawn)
+    assert error[:64].max() <= 1 and error[64:].max() <= 40 and error[64:].mean() < 1
+    assert abs(np.asarray(picture.index_colours(drawn).convert("RGB")).astype(int) - drawn).mean() < 1
+
+
 def test_sample_writes_a_set(weights, tmp_path):
     """A set whose masks, ECGs or beats are another video's; a video that depends on the ones before it."""
     flags = [f"--weights={weights}", f"--out={tmp_path}", "--frames=20", "--steps=1", "--seed=3"]
@@ -1948,9 +2163,6 @@ def test_bad_settings_are_one_line(phantom, weights, tmp_path):
     assert not out.exists()
     (tmp_path / "file").write_text("")
     refused("no folder", call, evaluate.main, "speed", f"--weights={weights}", f"--out={tmp_path / 'file/x'}")
-    for stage in TRAINERS:                                      # a state of a training with other sizes
-        refused("other flags", call, TRAINERS[stage].main, *train_flags(stage, phantom, weights, weights), "--resume",
-                "--dim=64")
 
 
 def test_ecg_window_covers_the_frames(weights, tmp_path):
@@ -2145,13 +2357,15 @@ def test_measures():
     ("segmenter", "clips=2", "clips=3", "dice ef_r2 ef_mae ef_rmse"),
     ("figure", "rows=9", "rows=1", "frames"),
     ("drift", "clips=2", "clips=3", "grey contrast area beat_recall_first ed_error_ms_median_last"),
-    ("speed", "parameters_m=9", "parameters_m=0", "video_seconds generator_gflop encoder_share_of_matmul"),
+    ("speed", "parameters_m=9", "parameters_m=0", "video_seconds generator_gflop encoder_share_of_matmul "
+                                               "train_step_seconds"),
     ("ef", "clips=2", "clips=3", "ef_r2 ef_mae ef_rmse ef_r2_true ef_mae_true ef_mae_decoded diversity"),
     ("sync", "clips=2", "clips=3", "area_r_median area_r_traced_mean ed_error_ms_median ed_error_ms_p95 "
                                    "extra_beats shift_ms flat_swing hidden_amplitude hidden_r_visible clips "
                                    "device weights")])
-def test_evaluate_modes(mode, target, missed, figures, phantom, weights, tmp_path):
+def test_evaluate_modes(mode, target, missed, figures, phantom, weights, tmp_path, monkeypatch):
     """A mode that ends in a traceback, a figure that is missing, or a target that cannot fail."""
+    monkeypatch.setattr(speed, "ENOUGH_S", 0)
     flags = [mode, f"--data={phantom}", f"--weights={weights}", f"--out={tmp_path}", "--steps=1"]
     flags += ["--num=2"] if mode == "drift" else []
     assert [call(evaluate.main, *flags, f"--target_{x}") for x in (target, missed)] == [0, 1]
@@ -2219,6 +2433,81 @@ def test_flops_of_the_parts():
     with torch.no_grad():
         work = profiling.measure_parts(run, [(layer, "forward")], profiling.flops)
     assert work == [2 * linear + attention, 2 * linear] and "forward" not in vars(layer)
+
+
+def test_flops_of_the_backward_pass():
+    """Attention whose backward pass is not counted: FLOPs of a training step that are too few."""
+    q, x, layer = torch.randn(1, 1, 5, 8, requires_grad=True), torch.randn(5, 8), torch.nn.Linear(8, 3)
+    y = torch.nn.functional.scaled_dot_product_attention(q, q, q).sum() + layer(x).sum()
+    with profiling.flops() as read:
+        y.backward()
+    # Of attention five products (the scores are computed again), of a layer on data that of its weight.
+    assert read() == 5 * 2 * 5 * 5 * 8 + 2 * 5 * 8 * 3
+
+
+def test_flops_of_a_video(tiny):
+    """FLOPs of two windows that do not stand for those of a whole video."""
+    models = tiny.tokenizer, tiny.encoder, tiny.generator
+    methods = [(tiny.tokenizer, "encode"), (tiny.tokenizer, "decode"), (tiny.generator, "sample_tokens")]
+    for frames in (11, 18):                                 # one window, three
+        arguments = dict(ecg=np.zeros((1, 2, 2000)), leads=[0, 1], ecg_start=-2.4, frames=frames, fps=25,
+                         decoding=DecodingConfig(steps=1))
+        whole = profiling.measure_parts(lambda: speed.make_video(models, arguments), methods, profiling.flops)
+        assert speed.video_costs(models, arguments, methods=methods, meter=profiling.flops, run_windows=2) == whole
+
+
+def small_papers(monkeypatch):
+    """Every paper preset of evaluate.py speed in tiny, and a CPU that runs each measurement once."""
+    monkeypatch.setattr(speed, "ENOUGH_S", 0)
+    monkeypatch.setitem(profiling.MATRIX_SIZE, "cpu", 64)
+    stages = {"tokenizer": speed.tokenizer_stage, "ecg_encoder": ecg_encoder, "generator": speed.generator_stage}
+    for stage, module in stages.items():
+        monkeypatch.setitem(module.PRESETS, "paper", SMALL[stage])
+
+
+@pytest.mark.parametrize("bits", (16, 32))
+def test_speed_without_weights(bits, tmp_path, monkeypatch):
+    """A key of mode speed that is missing or no number; another unit than its name says; --bf16=0 that a part
+    does not see: two precisions under one name."""
+    small_papers(monkeypatch)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    linear = torch.nn.functional.linear
+    seen = set()
+    def spy(x, *args):
+        y = linear(x, *args)
+        seen.add(y.dtype)
+        return y
+    monkeypatch.setattr(torch.nn.functional, "linear", spy)
+    call(evaluate.main, "speed", "--preset=paper", f"--out={tmp_path}", "--train_batch=3", "--frames=12",
+         "--steps=1", f"--bf16={bits == 16:d}")
+    found = json.loads((tmp_path / "eval_speed.json").read_text())
+    # In a video the tokenizer computes in float32, whatever the device.
+    assert found["compute_bits"] == bits and training.ALLOW_BFLOAT16
+    assert seen == ({torch.float32, torch.bfloat16} if bits == 16 else {torch.float32})
+    # Only a GPU has an MFU, and only --compile seconds of compilation.
+    nulls = {key for key in speed.KEYS if found[key] is None}
+    assert nulls == {"mfu", "mfu_tokenizer", "compile_seconds"}
+    assert all(found[key] > 0 for key in set(speed.KEYS) - nulls)
+    assert found["tokens_per_s"] * found["window_shipped_seconds"] == pytest.approx(6 * 8 * 8, rel=1e-3)
+    for stage in ("train", "train_tokenizer"):
+        assert found[f"{stage}_clips_per_s"] * found[f"{stage}_step_seconds"] == pytest.approx(3, rel=1e-3)
+    assert found["video64_seconds"] > found["window_shipped_seconds"] > found["forward_seconds"]
+
+
+def test_a_measured_step_does_not_train(tiny, tmp_path):
+    """A step that moves the weights: with each run the model that is measured is another one."""
+    config = SimpleNamespace(train_batch=2, compile=False)
+    device = torch.device("cpu")
+    models = tiny.tokenizer, tiny.encoder, tiny.generator
+    before = [copy.deepcopy(model.state_dict()) for model in models]
+    works = speed.generator_training(config, models, device), speed.tokenizer_training(config, models[0], device)
+    for work in works:
+        cost = speed.measure_training(config, work, device)
+        assert cost.seconds > 0 and cost.flop > 0 and cost.peak_memory > 0
+    for model, old in zip(models, before):
+        assert all(torch.equal(x, old[name]) for name, x in model.state_dict().items())
+    refused("choose one of", call, evaluate.main, "speed", "--preset=big", f"--out={tmp_path}")
+    refused("at least 1", call, evaluate.main, "speed", "--train_batch=0", f"--out={tmp_path}")
 
 
 def test_bfloat16_only_where_it_is_fast(monkeypatch):
