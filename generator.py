@@ -802,6 +802,25 @@ def compile_models(tokenizer, encoder, generator):
             setattr(model, name, compiled(getattr(model, name)))
 
 
+def cut_anchor_ecg(generator, ecg, hidden, *, ecg_start):
+    """The ECG around frame 0 of the videos, (B, L, local samples), on the generator's device.
+
+    ecg (B, L, N), hidden (B, N) numpy, sample 0 at ecg_start seconds. What is hidden is zero.
+    """
+    first = round((-generator.config.ecg_before - ecg_start) * ECG_HZ)
+    around = crop_or_pad(ecg * ~hidden[:, None], first, generator.local_samples)
+    return torch.from_numpy(around).to(next(generator.parameters()).device)
+
+
+def decode_window(tokenizer, tokens):
+    """Tokens (B, T', h, w) -> video (B, C, T+1, H, W) in [0, 1]; on a GPU in bfloat16.
+
+    Frames are always encoded in float32: bfloat16 would flip some signs of LFQ.
+    """
+    with bfloat16(tokens.device, wanted=tokens.device.type == "cuda"):
+        return tokenizer.decode(tokens)
+
+
 @torch.no_grad()
 def stream_video(tokenizer, encoder, generator, *, ecg, leads, ecg_start, frames, fps, decoding,
                  first=None, seed=0, hidden=None, text=None):
@@ -817,8 +836,8 @@ def stream_video(tokenizer, encoder, generator, *, ecg, leads, ecg_start, frames
     """
     config = generator.config
     device = next(generator.parameters()).device
-    rngs = [torch.Generator().manual_seed(s) for s in np.atleast_1d(seed).tolist()]
     B = len(ecg)
+    rngs = [torch.Generator().manual_seed(s) for s in np.atleast_1d(seed).tolist()]
     window = tokenizer.config.frames
     samples = encoder.config.samples if config.condition == "ecg" else 0
     fps_of_clips = torch.full((B,), float(fps), device=device)
@@ -831,9 +850,7 @@ def stream_video(tokenizer, encoder, generator, *, ecg, leads, ecg_start, frames
 
     # The anchor is frame 0 of the video; its tokens come with the first window, its ECG now.
     anchor = None
-    anchor_sample = round((-config.ecg_before - ecg_start) * ECG_HZ)
-    anchor_ecg = crop_or_pad(ecg * ~hidden[:, None], anchor_sample, generator.local_samples)
-    anchor_ecg = torch.from_numpy(anchor_ecg).to(device)                        # B L local_samples
+    anchor_ecg = cut_anchor_ecg(generator, ecg, hidden, ecg_start=ecg_start)    # B L local_samples
     prefix = first
     begin = 0                   # the window's first frame
     done = 0                    # frames that were yielded
@@ -842,7 +859,6 @@ def stream_video(tokenizer, encoder, generator, *, ecg, leads, ecg_start, frames
         window_ecg, window_hidden, start = cut_ecg(
             ecg, hidden, ecg_start=ecg_start, middle=(begin + window / 2) / fps, samples=samples,
             device=device)                                                      # B L samples
-        window_start = torch.full((B,), start - begin / fps, device=device)     # B
 
         # 2. Encode the prefix: the first frame, or the last frames of the window before.
         tokens, num_prefix = tokens_of_prefix(tokenizer, prefix, B, device)
@@ -852,16 +868,14 @@ def stream_video(tokenizer, encoder, generator, *, ecg, leads, ecg_start, frames
         with bfloat16(device):
             cond = build_condition(
                 config, encoder, fps=fps_of_clips, ecg=window_ecg, leads=leads,
-                ecg_start=window_start, ecg_hidden=window_hidden, text=text,
-                anchor=anchor, anchor_ecg=anchor_ecg)
+                ecg_start=torch.full((B,), start - begin / fps, device=device),
+                ecg_hidden=window_hidden, text=text, anchor=anchor, anchor_ecg=anchor_ecg)
             tokens = maskgit_decode(generator, tokens, num_prefix, cond, decoding, uniforms)
         if anchor is None:
             anchor = tokens[:, 0]                                               # B h w
 
-        # 4. Tokens to pixels; yield the frames that are new. A GPU decodes in bfloat16, too. Frames
-        #    are always encoded in float32: bfloat16 would flip some signs of LFQ.
-        with bfloat16(device, wanted=device.type == "cuda"):
-            video = tokenizer.decode(tokens)                                    # B C window H W
+        # 4. Tokens to pixels; yield the frames that are new.
+        video = decode_window(tokenizer, tokens)                                # B C window H W
         new = video[:, :, done - begin:][:, :, :frames - done]
         yield new
 

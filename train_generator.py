@@ -69,7 +69,7 @@ class TrainConfig(GeneratorSettings):
     p_prefix: float = 0.50          # share with two or more known latent frames; the rest know one
     p_uncond: float = 0.10          # share whose ECG (or text) is replaced by the null context
     p_drop_phrase: float = 0.15     # share of the phrases of a text that are left out
-    cache_tokens: bool = False      # encode all windows once, before the first step; kept in --data
+    cache_tokens: bool = False    # encode all windows once, at first; kept beside the set
     augment: bool = False           # vary the contrast of each window; turn, scale and shift it
     p_recorder_filter: float = 0.40  # share whose ECG is filtered as by another recorder
     p_hide: float = 0.20            # share with a span of the ECG hidden
@@ -384,7 +384,7 @@ def known_of(batch):
 
 
 def tokens_of(batch, tokenizer):
-    """Tokens of the window (B, T', h, w) and of the anchor (B, h, w): encoded, or from the cache."""
+    """Tokens of the window (B, T', h, w) and of the anchor (B, h, w), encoded or cached."""
     if "tokens" in batch:
         return batch["tokens"], batch["anchor_tokens"]
     return tokenizer.encode(batch["video"]), tokenizer.encode(batch["anchor"])[:, 0]

@@ -449,7 +449,8 @@ class RandomWindows(Dataset):
         items = {"tokens": self.clips.per_frame("tokens", window.clip, window.start, 1)}
         if window.anchor is not None:
             # The first latent frame of a window is the frame with which it begins.
-            items["anchor_tokens"] = self.clips.per_frame("tokens", window.clip, window.anchor, 1)[:, 0]
+            anchor = self.clips.per_frame("tokens", window.clip, window.anchor, 1)
+            items["anchor_tokens"] = anchor[:, 0]
         return {name: torch.from_numpy(x[0].astype(np.int64)) for name, x in items.items()}
 
     def ecg_items(self, window, n, rng):

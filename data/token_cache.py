@@ -78,4 +78,5 @@ def open_tokens(clips, name):
         try:
             shard.arrays["tokens"] = shard.open_array("tokens", file)
         except UserError:
-            raise UserError(f"{shard.folder}/{file}: damaged, or of another set; remove it") from None
+            message = f"{shard.folder}/{file}: damaged, or of another set; remove it"
+            raise UserError(message) from None
