@@ -46,6 +46,7 @@ from data.ecg_times import fit_rate
 from data.ecgsyn import RHYTHMS, ecg_of_beats, make_ecg, usual_systole
 from data.frame_times import even_times, resample_frames
 from data.screen_ecg import ScreenECG, erase_strip, read_screen_ecg
+from data.screen_trace import leave_out_text
 from data.writer import Writer, prepare
 from ecg_encoder import EcgConfig, EcgEncoder, MaskedAutoencoder
 from generator import (SCORERS, DecodingConfig, Generator, GeneratorConfig, build_condition,
@@ -57,7 +58,7 @@ from metrics.r_peak_table import ROWS, measure_row
 from sources import (camus, dicom_cines, echonet_dynamic, echoxflow, mimic_iv_echo, short_axis_mri, video_ecg_folder,
                      video_folder)
 from sources.phantom import PhantomConfig, list_jobs, make_clip
-from tests import dicom_files, ecg_files, screen_cines
+from tests import dicom_files, ecg_files, screen_cines, screen_table
 from tests import echoxflow_store as store
 from tokenizer import (LFQ, Tokenizer, TokenizerConfig, add_lora, attend, bits_to_index,
                        index_to_bits, joint_code_probabilities, lora_state_dict, merge_lora, patchify)
@@ -1883,6 +1884,28 @@ def test_screen_ecg(name):
     x0, y0, x1, y1 = found.strip
     assert strip[1] - 12 <= y0 < y1 <= strip[3] + 30
     assert not erase_strip(frames, found.strip)[:, y0:y1].any()
+
+
+def test_colours_blur_the_right_edge():
+    """A thin trace whose colour, stored with half the pixels, ends 8 pixels before it: all R peaks come 90 ms late."""
+    counts = screen_table.measure_cine(87, seed=304)
+    assert counts["hit"] == counts["beats"] == 4 and not counts["invented"]
+
+
+def test_text_beside_the_line_is_no_heart_beat():
+    """An R peak where the line that was followed goes over to a text, or T waves as tall as R taken for a text."""
+    pace = 100
+    rows = np.full(600, 50.0)
+    rows[30::100] = rows[31::100] = rows[32::100] = 10                  # R waves
+    for u in range(50, 600, 100):
+        rows[u:u + 20] = 18                                             # T waves
+    assert np.array_equal(leave_out_text(rows, pace), rows)
+    with_text = rows.copy()
+    with_text[533:575] = 12
+    with_text[-10:] = 12
+    left = leave_out_text(with_text, pace)
+    assert np.isnan(left[528:580]).all() and np.isnan(left[-15:]).all()
+    assert np.array_equal(left[:510], rows[:510])
 
 
 @pytest.mark.parametrize("name", NO_STRIP)

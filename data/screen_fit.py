@@ -22,6 +22,7 @@ REACH = 60          # pixels around the expected writing point in which it is lo
 SAME = 0.5          # alike before and after: a cursor has passed a trace, and no new sweep
 CURSOR = 8          # pixels to both sides of a cursor that it may cover
 LONGEST_GAP = 45    # pixels
+SHARP = 4           # pixels from half the brightness of a trace that ends to less than a third
 SIDE = 20           # pixels of trace before the writing point that are compared with the gap
 
 
@@ -45,6 +46,7 @@ class Sweep(NamedTuple):
     gap: float          # pixels after the writing point without a trace
     match: float        # by how much the trace is there before the writing point and not after it
     error: float        # pixels by which the writing point is off its line in half of the frames
+    is_measured: bool   # the length; else it is a guess
 
 
 def unfold(band, columns, U):
@@ -101,9 +103,10 @@ def robust_fit(design, values):
 
 
 def fit_sweep_lines(times, places, sweeps, length):
-    """places (T,) = start + pace * times - length * sweeps: pace, start, length, and median error.
+    """places (T,) = start + pace * times - length * sweeps: pace, start, length, median error, and
+    whether the length was measured.
 
-    length: the answer if there is one sweep only.
+    length: the answer if it was not, because one sweep only is seen.
     """
     # 1. The longest sweep gives the pace
     known = np.isfinite(places)
@@ -112,11 +115,12 @@ def fit_sweep_lines(times, places, sweeps, length):
     solution, error = robust_fit(design, np.where(sweeps == main, places, np.nan))
     # 2. The others, by how much they are shifted against it, the length
     other = known & (sweeps != main)
-    if other.sum() >= 3:
+    is_measured = other.sum() >= 3
+    if is_measured:
         shift = (places - design @ solution)[other] / (main - sweeps[other])
         length = float(np.median(shift))
     pace, start = solution
-    return float(pace), float(start + length * main), length, error
+    return float(pace), float(start + length * main), length, error, is_measured
 
 
 # ---------------------------------------------------------------------------- cursor
@@ -218,7 +222,8 @@ def fit_sweep(band, times, candidate):
         places = np.arange(x0, x1 - length + 1)
         x0 = int(places[(total[places + length] - total[places]).argmax()])
         x1 = x0 + length
-    sweep = Sweep(candidate.pace, first, float(length), x0, x1, 0.0, 0.0, 0.0)
+    sweep = Sweep(candidate.pace, first, float(length), x0, x1, 0.0, 0.0, 0.0,
+                  False)
     for settled_s in (0.35, 0.2, 0.1, 0.1, 0.1, 0.1):
         before = sweep
         sweep = refine_sweep(band, ridges, times, sweep, settled_s)
@@ -237,6 +242,11 @@ def fit_sweep(band, times, candidate):
         # Right of the writing point is the sweep before. When it was written is not known.
         now = sweep.start + sweep.pace * times[:, None]
         columns[np.arange(W) > (now - x0) % length + x0] = -1
+    if not sweep.is_measured:
+        # When the other sweeps were written follows from the length
+        number = np.floor((sweep.start + sweep.pace * times - sweep.x0) / sweep.length)
+        values, counts = np.unique(number, return_counts=True)
+        columns[number != values[counts.argmax()]] = -1
     U = strip_length(sweep, times)
     tau = (np.arange(U) - round(sweep.length)) / sweep.pace
     return Clock(tau, columns, sweep.pace, x0, x1, sweep.match)
@@ -315,11 +325,11 @@ def refine_sweep(band, ridges, times, sweep, settled_s):
     places = np.full(len(times), np.nan)
     for t in np.flatnonzero(enough):
         places[t] = now[t] + find_edge(match[t], gap, edge) - REACH - sweeps[t] * sweep.length
-    pace, start, length, error = fit_sweep_lines(times, places, sweeps, sweep.length)
+    pace, start, length, error, is_measured = fit_sweep_lines(times, places, sweeps, sweep.length)
     if not 100 < length < 2000 or pace < 20:
         raise UserError("the writing point does not move evenly")
     return sweep._replace(pace=pace, start=start, length=length, gap=float(gap), error=error,
-                          match=float(np.clip(contrast, 0, 1)))
+                          match=float(np.clip(contrast, 0, 1)), is_measured=is_measured)
 
 
 def match_around(band, times, sweep, image):
@@ -377,12 +387,19 @@ def steady(bright, width):
 
 
 def right_edge(bright, x0, x1):
-    """The column near x1 at which the brightness (W,) of a trace from x0 on falls to the half."""
+    """The column near x1 at which the brightness (W,) of a trace from x0 on falls to the half.
+
+    UserError where it does not fall at once. A colour is stored with half the pixels of a picture,
+    and a thin trace may lose it before its end.
+    """
     level = np.median(bright[max(x0, x1 - 60):max(x1 - 15, x0 + 1)])
     near = np.arange(max(x0, x1 - 20), min(len(bright), x1 + 20))
     # The split that leaves most of the trace to its left and least to its right
     gain = np.cumsum(bright[near] - 0.5 * level)
-    return int(near[gain.argmax()]) + 1
+    edge = int(near[gain.argmax()]) + 1
+    if (bright[edge + SHARP:edge + 3 * SHARP] > 0.3 * level).any():
+        raise UserError("the right edge of what scrolls is not sharp")
+    return edge
 
 
 def fit_scroll(band, times, candidate):

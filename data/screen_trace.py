@@ -7,8 +7,8 @@ The strip may show other lines, too: a breath, an axis. The ECG is the one with 
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import (gaussian_filter1d, maximum_filter1d, median_filter, minimum_filter1d,
-                           uniform_filter1d)
+from scipy.ndimage import (binary_dilation, binary_opening, find_objects, gaussian_filter1d, label,
+                           maximum_filter1d, median_filter, minimum_filter1d, uniform_filter1d)
 from scipy.signal import butter, sosfiltfilt
 
 from common.flags import UserError
@@ -20,6 +20,15 @@ QRS_BAND = butter(2, (5, 25), "bandpass", fs=ECG_HZ, output="sos")
 LEAST_QRS = 2.5     # pixels: what is lower in that band is no QRS complex
 LEAST_CREST = 5     # QRS complexes against the rest: an ECG has 8 or more, a breath less than 4
 LEAST_SHARE = 0.4   # of the bright pixels that belong to the line
+TOUCH = 6           # rows between two lines of which a path may go from one to the other
+LONGEST_WAVE_S = 0.3    # the waves of an ECG are shorter than this at half the height of R
+
+
+class Line(NamedTuple):
+    """One line in the long strip."""
+    rows: np.ndarray    # (U,) NaN where it is not seen
+    inked: np.ndarray   # (U, h) bool, its pixels
+    level: float        # its brightness
 
 
 class Trace(NamedTuple):
@@ -36,7 +45,7 @@ def trace_ecg(image, pace):
     image = even_brightness(image)
     left = image.copy()
     brightest = 0
-    best = None
+    lines = []
     for _ in range(LINES):
         path = least_cost_path(left)
         strength = gaussian_filter1d(left[np.arange(U), path], 6)
@@ -46,20 +55,58 @@ def trace_ecg(image, pace):
         brightest = max(brightest, level)
         rows, inked = follow_line(left, path, level)
         rows[strength < 0.3 * level] = np.nan
-        height, crest = qrs_height(rows, pace)
-        # The highest QRS complexes: an axis has what is left of S waves. A fainter path may jump
-        # between lines.
-        height *= level / brightest
-        if crest > LEAST_CREST and (best is None or height > 1.4 * best[0]):
-            best = height, crest, rows, inked, level
+        lines.append(Line(rows, inked, level))
         # The next path is another line
         for u in range(U):
             left[u, max(0, path[u] - 3):path[u] + 4] = 0
+    line, crest = find_ecg(lines, pace)
+    for other in lines:
+        line = take_back(line, other)
+    y0, y1 = check_single_line(image > 0.9 * line.level, line.inked)
+    return Trace(leave_out_text(line.rows, pace), crest, y0, y1)
+
+
+def find_ecg(lines, pace):
+    """The Line that is the ECG, and how much its QRS complexes stand out; UserError: there is
+    none."""
+    brightest = max((line.level for line in lines), default=0)
+    best = None
+    best_height = 0
+    for line in lines:
+        height, crest = qrs_height(line.rows, pace)
+        # The highest QRS complexes: an axis has what is left of S waves. A fainter path may jump
+        # between lines.
+        height *= line.level / brightest
+        if crest > LEAST_CREST and height > 1.4 * best_height:
+            best = line, crest
+            best_height = height
     if best is None:
         raise UserError("no line with QRS complexes is found in what moves")
-    _, crest, rows, inked, level = best
-    y0, y1 = check_single_line(image > 0.9 * level, inked)
-    return Trace(rows, crest, y0, y1)
+    return best
+
+
+def take_back(line, other):
+    """The Line with what it has lost to another one.
+
+    A path that meets another line at the foot of an S wave may go on along that line, and come
+    back at a later beat. The other path then has the beats between.
+    """
+    # A faint path is speckle
+    if other is line or other.level < 0.7 * line.level:
+        return line
+    qrs = np.nanpercentile(np.abs(line.rows - np.nanmedian(line.rows)), 99)
+    distance = np.abs(line.rows - other.rows)                           # U
+    parts, _ = label(~(distance <= TOUCH))
+    taken = np.zeros(len(distance), bool)
+    for place, in find_objects(parts):
+        own = line.rows[place]
+        others = other.rows[place]
+        if np.isfinite(own).mean() < 0.8 or np.isfinite(others).mean() < 0.9:
+            continue
+        height = np.nanmax(others) - np.nanmin(others)
+        taken[place] = height > max(0.5 * qrs, 2 * (np.nanmax(own) - np.nanmin(own)))
+    return Line(rows=np.where(taken, other.rows, line.rows),
+                inked=np.where(taken[:, None], other.inked, line.inked), level=line.level)
 
 
 def even_brightness(image):
@@ -202,6 +249,23 @@ def touching_run(mask, first, last):
     while mask[y1 + 2]:
         y1 += 1
     return y0, y1
+
+
+def leave_out_text(rows, pace):
+    """The rows (U,) of a line of `pace` columns a second, NaN where it has left the ECG.
+
+    A path that runs into a text or onto another line stays away from the base of the ECG, to which
+    a QRS complex comes back at once. The QRS complex from which it has left is hidden, too.
+    """
+    distance = np.abs(rows - np.nanmedian(rows))                        # U
+    # NaN is not away
+    away = distance > 0.5 * np.nanpercentile(distance, 99)
+    longest = round(LONGEST_WAVE_S * pace)
+    # What is cut off by the end of the strip may go on beyond it
+    away = np.pad(away, longest, mode="edge")
+    away = binary_opening(away, np.ones(longest))
+    away = binary_dilation(away, np.ones(longest + 1))[longest:-longest]
+    return np.where(away, np.nan, rows)
 
 
 # ---------------------------------------------------------------------------- the signal
