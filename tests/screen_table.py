@@ -1,6 +1,6 @@
 """How well the ECG is read off drawn screens, of random looks: the table of docs/data.md.
 
-    python -m tests.screen_table --seed=304 --cines=100     # two cores: four minutes
+    python -m tests.screen_table --seed=306 --cines=100     # two cores: four minutes
 """
 from collections import Counter
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ INVENTED_S = 0.05   # one that is farther than this from every beat is none
 @dataclass
 class TableConfig:
     """Flags of the table."""
-    seed: int = 304     # of the looks and the ECGs
+    seed: int = 306     # of the looks and the ECGs
     cines: int = 100    # how many are drawn
 
 
