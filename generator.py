@@ -275,6 +275,7 @@ class Context(NamedTuple):
     local: torch.Tensor         # (B, 1+T', D), the ECG around the anchor and each latent frame
     rotary: Rotary              # of the times of the anchor's and the window's tokens
     keys_values: list           # for each block, the keys and the values of the sequence Z
+    null: list                  # for each block, what the null context gives; None without guidance
 
 
 class Trunk(nn.Module):
@@ -316,8 +317,11 @@ class Trunk(nn.Module):
         """tokens, masked (B, T', h, w), Condition -> features (B, T' h w, D), float."""
         return self.transform(tokens, masked, self.context(cond))
 
-    def context(self, cond):
-        """Condition -> Context: all that is computed without the tokens."""
+    def context(self, cond, guided=False):
+        """Condition -> Context: all that is computed without the tokens.
+
+        guided: the Condition is as concat_unconditional makes it, its second half without an ECG.
+        """
         c = self.config
         times = self.frame_times(cond.fps)                                              # B T'
         local = self.local_features(cond, times)                                        # B 1+T' D
@@ -328,16 +332,23 @@ class Trunk(nn.Module):
         x_time = times.repeat_interleave(c.grid ** 2, dim=1) / TIME_UNIT        # B (1+T')hw
         z_rotary = rotary_angles(cond.z_time / TIME_UNIT, c.dim // c.heads)
         z = self.cross_context(cond)                                            # B Ln ecg_dim
+        null = [None] * len(self.blocks)
+        if guided:
+            # The second half reads the same vector everywhere: no attention is needed.
+            half = len(z) // 2
+            z = z[:half]
+            z_rotary = Rotary(z_rotary.cos[:half], z_rotary.sin[:half])
+            null = [block.null_result(self.null_z) for block in self.blocks]
         # One shape, whether there is an anchor or not: compiled code is for given shapes.
         anchor = cond.anchor.expand(-1, c.grid, c.grid).contiguous()                    # B h w
         return Context(
             anchor=anchor, local=local, rotary=rotary_angles(x_time, c.dim // c.heads),
-            keys_values=[block.cross.keys_values(z, z_rotary) for block in self.blocks])
+            keys_values=[block.cross.keys_values(z, z_rotary) for block in self.blocks], null=null)
 
     def transform(self, tokens, masked, context):
         """tokens, masked (B, T', h, w), Context -> features (B, T' h w, D), float."""
         x = self.first_blocks(tokens, masked, context)                          # B (1+T')hw D
-        x = self.blocks[-1](x, context.rotary, context.keys_values[-1])
+        x = self.blocks[-1](x, context.rotary, context.keys_values[-1], context.null[-1])
         # Only the window's own tokens are predicted, not the anchor's.
         return self.norm(x[:, self.config.grid ** 2:])                                  # B T'hw D
 
@@ -362,8 +373,8 @@ class Trunk(nn.Module):
 
         # 4. Transformer blocks: self-attention over all tokens, cross-attention to Z, both with the
         #    seconds in the rotary embedding.
-        for block, keys_values in zip(self.blocks[:-1], context.keys_values):
-            x = block(x, context.rotary, keys_values)
+        for block, keys_values, null in zip(self.blocks[:-1], context.keys_values, context.null):
+            x = block(x, context.rotary, keys_values, null)
         return x
 
     def last_block(self, x, places, context):
@@ -382,7 +393,7 @@ class Trunk(nn.Module):
         h = block.norm1(x)
         keys_values = block.attn.keys_values(h, context.rotary)
         x = at_places(x) + block.attn(at_places(h), rotary, keys_values)
-        x = x + block.cross(block.norm_cross(x), rotary, context.keys_values[-1])
+        x = x + block.read_context(x, rotary, context.keys_values[-1], context.null[-1])
         x = x + block.mlp(block.norm2(x))
         return self.norm(x)
 
@@ -713,11 +724,12 @@ def maskgit_decode(generator, tokens, num_prefix, cond, decoding, uniforms):
 
     # What does not depend on the tokens is computed once for all steps.
     scales = guidance_scales(decoding)
-    if scales[0] is not None:
+    guided = scales[0] is not None
+    if guided:
         cond = concat_unconditional(cond)
-    context = critic_context = generator.context(cond)
+    context = critic_context = generator.context(cond, guided)
     if decoding.scorer == "critic":
-        critic_context = generator.critic_trunk.context(cond)
+        critic_context = generator.critic_trunk.context(cond, guided)
 
     for step, guidance in enumerate(scales):
         # 1. Sample every masked token from its own distribution, all of them in parallel.

@@ -258,7 +258,10 @@ def test_guidance(tiny):
     null = [generator.features(index, masked, ecg_condition(tiny, seed=s, drop=drop)) for s in (0, 1)]
     assert not torch.allclose(generator.features(index, masked, cond), null[0], atol=1e-3)
     assert torch.equal(*null)                                   # where nothing of the ECG is left
-    alone, both = generator.context(cond), generator.context(concat_unconditional(cond))
+    doubled = concat_unconditional(cond)
+    alone, both, long_way = (generator.context(x, g) for x, g in ((cond, False), (doubled, True), (doubled, False)))
+    twice = index.repeat(2, 1, 1, 1), masked.repeat(2, 1, 1, 1)
+    assert torch.allclose(generator.transform(*twice, both), generator.transform(*twice, long_way), atol=1e-5)
     places, u = torch.arange(384).expand(2, -1), torch.rand(2, 2, 384)
     drawn = [generator.sample_tokens(index, places, context, u, guidance=s, temperature=1.0)[0]
              for s, context in ((None, alone), (1.0, both), (5.0, both))]
