@@ -59,6 +59,7 @@ from sources import (camus, dicom_cines, echonet_dynamic, echoxflow, mimic_iv_ec
                      video_folder)
 from sources.phantom import PhantomConfig, list_jobs, make_clip
 from tests import dicom_files, ecg_files, screen_cines, screen_table
+from tests.numbered_clips import numbered
 from tests import echoxflow_store as store
 from tokenizer import (LFQ, Tokenizer, TokenizerConfig, add_lora, attend, bits_to_index,
                        index_to_bits, joint_code_probabilities, lora_state_dict, merge_lora, patchify)
@@ -906,15 +907,6 @@ def test_several_sets(tmp_path):
     assert len(val) == 2 and {val.draw(rng) for _ in range(20)} == {0, 1}
     refused("has no ECG", lambda: RandomWindows(both, 4, ecg_samples=600))
     refused("not the same height", Clips, f"{a},{write('c', [1], height=9)}", "train")
-
-
-def numbered(i):
-    """A clip that shows its own number; 4 cannot be made, and 6 takes the process with it, once."""
-    if i == 4:
-        raise UserError("clip 4: damaged")
-    if i == 6 and not os.environ.get("GO_ON"):
-        raise MemoryError
-    return dict(id=f"clip {i}", video=np.full((4, 8, 8, 1), i), fps=25)
 
 
 def test_prepare_goes_on_after_a_crash(tmp_path, monkeypatch, capfd):
