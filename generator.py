@@ -18,7 +18,7 @@ Eq. 7, 8 and 9 stand here, Eq. 10 in train_generator.py.
     python generator.py --preset=paper      # prints the settings and the number of parameters
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -66,7 +66,7 @@ class GeneratorConfig(GeneratorSettings):
 @dataclass
 class DecodingConfig:
     """How tokens are decoded: the flags of sample.py and evaluate.py."""
-    steps: int = 4              # decoding steps of one window
+    steps: int = 4              # decoding steps of the first window; a later one takes fewer
     scorer: str = "random"      # which tokens are masked again: random, halton, confidence, critic
     guidance: float = 1.5       # scale of classifier-free guidance; 1 = off
     guidance_end: float = 0     # its scale at the last step, linearly from the first; 0 = the same
@@ -270,12 +270,14 @@ class Context(NamedTuple):
     """What the transformer reads of a Condition.
 
     It does not depend on the tokens: sampling computes it once a window, for all decoding steps.
+    For guidance it is of 2 B clips: first B under the ECG, then the same under the null context.
     """
     anchor: torch.Tensor        # (B, h, w) tokens; -1 = there is none
     local: torch.Tensor         # (B, 1+T', D), the ECG around the anchor and each latent frame
     rotary: Rotary              # of the times of the anchor's and the window's tokens
-    keys_values: list           # for each block, the keys and the values of the sequence Z
-    null: list                  # for each block, what the null context gives; None without guidance
+    # for each block
+    keys_values: list           # the keys and the values of the sequence Z, of the first B clips
+    null_results: list          # what the others read in its place; None where there are none
 
 
 class Trunk(nn.Module):
@@ -317,38 +319,42 @@ class Trunk(nn.Module):
         """tokens, masked (B, T', h, w), Condition -> features (B, T' h w, D), float."""
         return self.transform(tokens, masked, self.context(cond))
 
-    def context(self, cond, guided=False):
-        """Condition -> Context: all that is computed without the tokens.
+    def context(self, cond):
+        """Condition -> Context: all that is computed without the tokens."""
+        nothing = [None] * len(self.blocks)
+        return Context(*self.window_inputs(cond), self.keys_values(cond), nothing)
 
-        guided: the Condition is as concat_unconditional makes it, its second half without an ECG.
-        """
+    def guided_context(self, cond):
+        """Condition of B clips -> Context of 2 B clips, for guidance."""
+        # All vectors that the null context shows are the same: no attention is needed.
+        null_results = [block.null_result(self.null_z) for block in self.blocks]
+        inputs = self.window_inputs(concat_unconditional(cond))
+        return Context(*inputs, self.keys_values(cond), null_results)
+
+    def window_inputs(self, cond):
+        """Condition -> anchor, local ECG and rotary angles, as a Context has them."""
         c = self.config
         times = self.frame_times(cond.fps)                                              # B T'
         local = self.local_features(cond, times)                                        # B 1+T' D
 
-        # The seconds go into the rotary embedding of the tokens and of the ECG patches. The anchor
-        # has no place in the window: it gets time 0, and a position embedding of its own.
+        # The seconds go into the rotary embedding. The anchor has no place in the window: it gets
+        # time 0, and a position embedding of its own.
         times = F.pad(times, (1, 0))                                                    # B 1+T'
         x_time = times.repeat_interleave(c.grid ** 2, dim=1) / TIME_UNIT        # B (1+T')hw
-        z_rotary = rotary_angles(cond.z_time / TIME_UNIT, c.dim // c.heads)
-        z = self.cross_context(cond)                                            # B Ln ecg_dim
-        null = [None] * len(self.blocks)
-        if guided:
-            # The second half reads the same vector everywhere: no attention is needed.
-            half = len(z) // 2
-            z = z[:half]
-            z_rotary = Rotary(z_rotary.cos[:half], z_rotary.sin[:half])
-            null = [block.null_result(self.null_z) for block in self.blocks]
         # One shape, whether there is an anchor or not: compiled code is for given shapes.
         anchor = cond.anchor.expand(-1, c.grid, c.grid).contiguous()                    # B h w
-        return Context(
-            anchor=anchor, local=local, rotary=rotary_angles(x_time, c.dim // c.heads),
-            keys_values=[block.cross.keys_values(z, z_rotary) for block in self.blocks], null=null)
+        return anchor, local, rotary_angles(x_time, c.dim // c.heads)
+
+    def keys_values(self, cond):
+        """Condition -> for each block, the keys and the values of the sequence Z."""
+        rotary = rotary_angles(cond.z_time / TIME_UNIT, self.config.dim // self.config.heads)
+        z = self.cross_context(cond)                                            # B Ln ecg_dim
+        return [block.cross.keys_values(z, rotary) for block in self.blocks]
 
     def transform(self, tokens, masked, context):
         """tokens, masked (B, T', h, w), Context -> features (B, T' h w, D), float."""
         x = self.first_blocks(tokens, masked, context)                          # B (1+T')hw D
-        x = self.blocks[-1](x, context.rotary, context.keys_values[-1], context.null[-1])
+        x = self.blocks[-1](x, context.rotary, context.keys_values[-1], context.null_results[-1])
         # Only the window's own tokens are predicted, not the anchor's.
         return self.norm(x[:, self.config.grid ** 2:])                                  # B T'hw D
 
@@ -373,8 +379,9 @@ class Trunk(nn.Module):
 
         # 4. Transformer blocks: self-attention over all tokens, cross-attention to Z, both with the
         #    seconds in the rotary embedding.
-        for block, keys_values, null in zip(self.blocks[:-1], context.keys_values, context.null):
-            x = block(x, context.rotary, keys_values, null)
+        each = zip(self.blocks[:-1], context.keys_values, context.null_results)
+        for block, keys_values, null_result in each:
+            x = block(x, context.rotary, keys_values, null_result)
         return x
 
     def last_block(self, x, places, context):
@@ -393,7 +400,7 @@ class Trunk(nn.Module):
         h = block.norm1(x)
         keys_values = block.attn.keys_values(h, context.rotary)
         x = at_places(x) + block.attn(at_places(h), rotary, keys_values)
-        x = x + block.read_context(x, rotary, context.keys_values[-1], context.null[-1])
+        x = x + block.read_context(x, rotary, context.keys_values[-1], context.null_results[-1])
         x = x + block.mlp(block.norm2(x))
         return self.norm(x)
 
@@ -540,7 +547,7 @@ class Generator(Trunk):
         """Sample the masked tokens from their distributions -> tokens, log-probabilities (B, n).
 
         tokens (B, T', h, w); places (B, n): which of the T' h w are masked; uniforms (2, B, T' h w)
-        in (0, 1). The context is of 2 B clips with guidance, as concat_unconditional makes it.
+        in (0, 1). With guidance the context is of 2 B clips, made by guided_context.
         """
         masked = torch.zeros_like(tokens, dtype=torch.bool)
         masked.flatten(1).scatter_(1, places, True)                                     # B T' h w
@@ -706,6 +713,13 @@ def guidance_scales(decoding):
     return [first + (last - first) * step / last_step for step in range(decoding.steps)]
 
 
+def count_steps(steps, num_prefix, T):
+    """How many decoding steps a window of T latent frames takes: all, or in proportion to the
+    frames that it does not know, if it knows more than its first one."""
+    share = (T - num_prefix) / max(T - 1, 1)
+    return min(steps, math.ceil(steps * share))
+
+
 @torch.no_grad()
 def maskgit_decode(generator, tokens, num_prefix, cond, decoding, uniforms):
     """Masked parallel decoding (Chang et al. 2022): the latent frames after num_prefix are masked.
@@ -714,6 +728,7 @@ def maskgit_decode(generator, tokens, num_prefix, cond, decoding, uniforms):
     DecodingConfig; the Uniforms of this window. Returns all tokens.
     """
     B, T, h, w = tokens.shape
+    decoding = replace(decoding, steps=count_steps(decoding.steps, num_prefix, T))
     # All numbers of tokens are known here: no step waits for a GPU to tell them.
     first_masked = torch.arange(num_prefix * h * w, T * h * w, device=tokens.device).expand(B, -1)
     total = first_masked.shape[1]
@@ -725,11 +740,14 @@ def maskgit_decode(generator, tokens, num_prefix, cond, decoding, uniforms):
     # What does not depend on the tokens is computed once for all steps.
     scales = guidance_scales(decoding)
     guided = scales[0] is not None
-    if guided:
-        cond = concat_unconditional(cond)
-    context = critic_context = generator.context(cond, guided)
+
+    def context_of(trunk):
+        """The Context of a transformer."""
+        return trunk.guided_context(cond) if guided else trunk.context(cond)
+
+    context = critic_context = context_of(generator)
     if decoding.scorer == "critic":
-        critic_context = generator.critic_trunk.context(cond, guided)
+        critic_context = context_of(generator.critic_trunk)
 
     for step, guidance in enumerate(scales):
         # 1. Sample every masked token from its own distribution, all of them in parallel.

@@ -187,34 +187,35 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = MLP(dim, mlp_dim)
 
-    def forward(self, x, rotary=None, keys_values=None, null=None):
+    def forward(self, x, rotary=None, keys_values=None, null_result=None):
         """x (B, N, D) -> (B, N, D). Each part adds its result to x (a residual connection).
 
-        rotary: the angles of the times of x. keys_values, null: of a context, see read_context;
-        None: there is no context.
+        rotary: the angles of the times of x. keys_values, null_result: of a context, see
+        read_context; None: there is no context.
         """
         x = x + self.attn(self.norm1(x), rotary)
         if keys_values is not None:
-            x = x + self.read_context(x, rotary, keys_values, null)
+            x = x + self.read_context(x, rotary, keys_values, null_result)
         return x + self.mlp(self.norm2(x))
 
-    def read_context(self, x, rotary, keys_values, null=None):
+    def read_context(self, x, rotary, keys_values, null_result=None):
         """What x (B, N, D) reads of a context.
 
-        keys_values: of the first b clips, made by self.cross.keys_values; null (D,): what all
-        others read, made by null_result. Without it b = B.
+        keys_values: of the first b clips, made by self.cross.keys_values. null_result (D,): what
+        all others read, made by self.null_result; None: there are no others, b = B.
         """
-        if null is None:
+        if null_result is None:
             return self.cross(self.norm_cross(x), rotary, keys_values)
         b = len(keys_values[0])
         angles = Rotary(rotary.cos[:b], rotary.sin[:b])
         read = self.cross(self.norm_cross(x[:b]), angles, keys_values)
-        return torch.cat([read, null.to(read.dtype).expand_as(x[b:])])
+        others = null_result.to(read.dtype).expand_as(x[b:])
+        return torch.cat([read, others])
 
     def null_result(self, vector):
         """What is read of a context of which every vector is the same, (context_dim,) -> (D,).
 
-        All values are the same then. So their mean is, whatever the keys and the queries are.
+        All values are the same, so their mean is this value. Keys and queries do not matter.
         """
         _, value = self.cross.kv(vector).chunk(2)
         return self.cross.out(value)

@@ -140,8 +140,8 @@ def read_trace(band, clock, seconds):
     # The mean first: speckle has ridges, its mean over time has none
     image = find_ridges(unfold(band, clock.columns, len(clock.tau)))
     trace = trace_ecg(image, clock.pace)
-    check_seen(band, clock.columns, trace.rows)
     check_whole(clock.tau[np.isfinite(trace.rows)], clock.pace, seconds)
+    check_seen(band, clock.columns, trace.rows)
     ecg, start = to_signal(trace.rows, clock.tau)
     return trace, scale_beats(ecg), start
 
@@ -149,7 +149,7 @@ def read_trace(band, clock, seconds):
 # ---------------------------------------------------------------------------- checks
 
 def check_seen(band, columns, rows):
-    """UserError where the trace is not in all frames.
+    """UserError where the trace is not in all frames that show some of it.
 
     band (T, h, W); columns (T, W): the column of the long strip that each of a frame shows, or -1;
     rows (U,): the row of the trace in each column of the long strip.
@@ -166,15 +166,16 @@ def check_seen(band, columns, rows):
         line, above, below = np.max(np.reshape(near, (3, 3, -1)), 1)
         if len(x):
             seen[t] = (line - np.maximum(above, below)).mean()
-    # NaN, a frame of which no column has a time, is not gone
-    gone = seen < 0.4 * np.nanpercentile(seen, 80)
+    # NaN is a frame of which no column has a time
+    seen = seen[np.isfinite(seen)]
+    gone = seen < 0.4 * np.percentile(seen, 80)
     if gone.mean() > 0.08:
-        raise UserError(f"the trace is in {T - gone.sum()} of {T} frames only")
+        raise UserError(f"the trace is in {len(seen) - gone.sum()} of {len(seen)} frames only")
 
 
 def check_whole(tau, pace, seconds):
     """UserError where the line, seen at times tau (U,), is broken or shorter than the cine."""
-    if len(tau) < LEAST_WHOLE * (tau[-1] - tau[0]) * pace:
+    if not len(tau) or len(tau) < LEAST_WHOLE * (tau[-1] - tau[0]) * pace:
         raise UserError("the line is broken")
     if ((tau > 0) & (tau < seconds)).sum() < LEAST_WHOLE * seconds * pace:
         raise UserError("the line is shorter than the cine")

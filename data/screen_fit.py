@@ -22,7 +22,7 @@ REACH = 60          # pixels around the expected writing point in which it is lo
 SAME = 0.5          # alike before and after: a cursor has passed a trace, and no new sweep
 CURSOR = 8          # pixels to both sides of a cursor that it may cover
 LONGEST_GAP = 45    # pixels
-SHARP = 4           # pixels from half the brightness of a trace that ends to less than a third
+SHARP = 4           # so many pixels behind its end a trace has less than 0.3 of its brightness
 SIDE = 20           # pixels of trace before the writing point that are compared with the gap
 
 
@@ -46,7 +46,8 @@ class Sweep(NamedTuple):
     gap: float          # pixels after the writing point without a trace
     match: float        # by how much the trace is there before the writing point and not after it
     error: float        # pixels by which the writing point is off its line in half of the frames
-    is_measured: bool   # the length; else it is a guess
+    main: int           # whole sweeps before the one that most frames show
+    is_measured: bool   # other sweeps are seen too, so the length is known; else it is a guess
 
 
 def unfold(band, columns, U):
@@ -103,10 +104,9 @@ def robust_fit(design, values):
 
 
 def fit_sweep_lines(times, places, sweeps, length):
-    """places (T,) = start + pace * times - length * sweeps: pace, start, length, median error, and
-    whether the length was measured.
+    """places (T,) = start + pace * times - length * sweeps: what of a Sweep follows from it.
 
-    length: the answer if it was not, because one sweep only is seen.
+    length: the answer if one sweep only is seen.
     """
     # 1. The longest sweep gives the pace
     known = np.isfinite(places)
@@ -120,7 +120,8 @@ def fit_sweep_lines(times, places, sweeps, length):
         shift = (places - design @ solution)[other] / (main - sweeps[other])
         length = float(np.median(shift))
     pace, start = solution
-    return float(pace), float(start + length * main), length, error, is_measured
+    return dict(pace=float(pace), start=float(start + length * main), length=length, error=error,
+                main=int(main), is_measured=bool(is_measured))
 
 
 # ---------------------------------------------------------------------------- cursor
@@ -222,8 +223,8 @@ def fit_sweep(band, times, candidate):
         places = np.arange(x0, x1 - length + 1)
         x0 = int(places[(total[places + length] - total[places]).argmax()])
         x1 = x0 + length
-    sweep = Sweep(candidate.pace, first, float(length), x0, x1, 0.0, 0.0, 0.0,
-                  False)
+    sweep = Sweep(pace=candidate.pace, start=first, length=float(length), x0=x0, x1=x1, gap=0.0,
+                  match=0.0, error=0.0, main=0, is_measured=False)
     for settled_s in (0.35, 0.2, 0.1, 0.1, 0.1, 0.1):
         before = sweep
         sweep = refine_sweep(band, ridges, times, sweep, settled_s)
@@ -238,15 +239,14 @@ def fit_sweep(band, times, candidate):
     columns, age = sweep_columns(sweep, times, W)
     # Next to the writing point there is half a trace, or none, or a bar
     columns[(age < 4) | (age > sweep.length - sweep.gap - 3)] = -1
-    if not whole:
-        # Right of the writing point is the sweep before. When it was written is not known.
-        now = sweep.start + sweep.pace * times[:, None]
-        columns[np.arange(W) > (now - x0) % length + x0] = -1
+    # When another sweep was written follows from the length
+    now = sweep.start + sweep.pace * times - sweep.x0                   # T
+    if not whole or not sweep.is_measured:
+        # Right of the writing point is the sweep before
+        columns[np.arange(W) > (now % sweep.length + sweep.x0)[:, None]] = -1
     if not sweep.is_measured:
-        # When the other sweeps were written follows from the length
-        number = np.floor((sweep.start + sweep.pace * times - sweep.x0) / sweep.length)
-        values, counts = np.unique(number, return_counts=True)
-        columns[number != values[counts.argmax()]] = -1
+        number = now // sweep.length
+        columns[number - number[0] != sweep.main] = -1
     U = strip_length(sweep, times)
     tau = (np.arange(U) - round(sweep.length)) / sweep.pace
     return Clock(tau, columns, sweep.pace, x0, x1, sweep.match)
@@ -325,11 +325,11 @@ def refine_sweep(band, ridges, times, sweep, settled_s):
     places = np.full(len(times), np.nan)
     for t in np.flatnonzero(enough):
         places[t] = now[t] + find_edge(match[t], gap, edge) - REACH - sweeps[t] * sweep.length
-    pace, start, length, error, is_measured = fit_sweep_lines(times, places, sweeps, sweep.length)
-    if not 100 < length < 2000 or pace < 20:
+    sweep = sweep._replace(gap=float(gap), match=float(np.clip(contrast, 0, 1)),
+                           **fit_sweep_lines(times, places, sweeps, sweep.length))
+    if not 100 < sweep.length < 2000 or sweep.pace < 20:
         raise UserError("the writing point does not move evenly")
-    return sweep._replace(pace=pace, start=start, length=length, gap=float(gap), error=error,
-                          match=float(np.clip(contrast, 0, 1)), is_measured=is_measured)
+    return sweep
 
 
 def match_around(band, times, sweep, image):
@@ -389,8 +389,8 @@ def steady(bright, width):
 def right_edge(bright, x0, x1):
     """The column near x1 at which the brightness (W,) of a trace from x0 on falls to the half.
 
-    UserError where it does not fall at once. A colour is stored with half the pixels of a picture,
-    and a thin trace may lose it before its end.
+    UserError where it does not fall at once. JPEG stores colours with half the rows and half the
+    columns, so the colour of a thin trace may end before the trace.
     """
     level = np.median(bright[max(x0, x1 - 60):max(x1 - 15, x0 + 1)])
     near = np.arange(max(x0, x1 - 20), min(len(bright), x1 + 20))

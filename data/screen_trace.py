@@ -61,7 +61,7 @@ def trace_ecg(image, pace):
             left[u, max(0, path[u] - 3):path[u] + 4] = 0
     line, crest = find_ecg(lines, pace)
     for other in lines:
-        line = take_back(line, other)
+        line = take_back(line, other, pace)
     y0, y1 = check_single_line(image > 0.9 * line.level, line.inked)
     return Trace(leave_out_text(line.rows, pace), crest, y0, y1)
 
@@ -85,28 +85,41 @@ def find_ecg(lines, pace):
     return best
 
 
-def take_back(line, other):
+def take_back(line, other, pace):
     """The Line with what it has lost to another one.
 
     A path that meets another line at the foot of an S wave may go on along that line, and come
     back at a later beat. The other path then has the beats between.
     """
     # A faint path is speckle
-    if other is line or other.level < 0.7 * line.level:
+    if other.level < 0.7 * line.level:
         return line
-    qrs = np.nanpercentile(np.abs(line.rows - np.nanmedian(line.rows)), 99)
-    distance = np.abs(line.rows - other.rows)                           # U
-    parts, _ = label(~(distance <= TOUCH))
-    taken = np.zeros(len(distance), bool)
-    for place, in find_objects(parts):
-        own = line.rows[place]
-        others = other.rows[place]
-        if np.isfinite(own).mean() < 0.8 or np.isfinite(others).mean() < 0.9:
-            continue
-        height = np.nanmax(others) - np.nanmin(others)
-        taken[place] = height > max(0.5 * qrs, 2 * (np.nanmax(own) - np.nanmin(own)))
+    own_waves = narrow_waves(line.rows, pace)                           # U
+    other_waves = narrow_waves(other.rows, pace)                        # U
+    # Half the height of a QRS complex
+    least = 0.5 * np.percentile(own_waves, 99)
+    meet = np.abs(line.rows - other.rows) <= TOUCH
+    parts, _ = label(~meet)
+    taken = np.zeros(len(meet), bool)
+    for part in find_objects(parts):
+        place = part[0]
+        # Lines that never meet lose nothing to each other
+        is_whole = place.stop - place.start == len(meet)
+        is_seen = np.isfinite(other.rows[place]).mean() > 0.9
+        is_lost = own_waves[place].max() < least < other_waves[place].max()
+        taken[place] = is_lost and is_seen and not is_whole
     return Line(rows=np.where(taken, other.rows, line.rows),
                 inked=np.where(taken[:, None], other.inked, line.inked), level=line.level)
+
+
+def narrow_waves(rows, pace):
+    """How far a line (U,) of `pace` columns a second is from where it is around, (U,) pixels.
+
+    A QRS complex is narrow; a breath and a T wave are wide.
+    """
+    known = np.isfinite(rows)
+    filled = np.interp(np.arange(len(rows)), np.flatnonzero(known), rows[known])
+    return np.abs(filled - median_filter(filled, 2 * round(LONGEST_WAVE_S * pace / 2) + 1))
 
 
 def even_brightness(image):
@@ -261,11 +274,15 @@ def leave_out_text(rows, pace):
     # NaN is not away
     away = distance > 0.5 * np.nanpercentile(distance, 99)
     longest = round(LONGEST_WAVE_S * pace)
-    # What is cut off by the end of the strip may go on beyond it
-    away = np.pad(away, longest, mode="edge")
+    # What is cut off by the end of the line may go on beyond it
+    known = np.flatnonzero(np.isfinite(rows))
+    first, last = known[0], known[-1]
+    away = np.pad(away[first:last + 1], longest, mode="edge")
     away = binary_opening(away, np.ones(longest))
     away = binary_dilation(away, np.ones(longest + 1))[longest:-longest]
-    return np.where(away, np.nan, rows)
+    left = rows.copy()
+    left[first:last + 1][away] = np.nan
+    return left
 
 
 # ---------------------------------------------------------------------------- the signal

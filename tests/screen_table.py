@@ -1,6 +1,6 @@
 """How well the ECG is read off drawn screens, of random looks: the table of docs/data.md.
 
-    python -m tests.screen_table --seed=306 --cines=100     # two cores: four minutes
+    python -m tests.screen_table --seed=304 --cines=100     # two cores: four minutes
 """
 from collections import Counter
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from tests.screen_cines import COLOURS, Look, draw_cine
 
 EDGE_S = 0.02       # beats nearer to the start or the end of a cine do not count
 HIT_S = 0.02        # an R peak this near to a beat has found it
-INVENTED_S = 0.05   # one that is farther than this from every beat is none
+INVENTED_S = 0.08   # one that is farther than this from every beat lies in no QRS complex
 
 
 @dataclass
 class TableConfig:
     """Flags of the table."""
-    seed: int = 306     # of the looks and the ECGs
+    seed: int = 304     # of the looks and the ECGs
     cines: int = 100    # how many are drawn
 
 
