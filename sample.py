@@ -247,8 +247,10 @@ class VideoFiles:
         """A frame (H, W, C), enlarged, over its ECG strip: uint8, in three colours."""
         size = (self.side, self.side)
         # Pillow wants a grey picture as (H, W).
-        image = Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame)
-        picture = np.asarray(image.resize(size, Image.Resampling.BICUBIC).convert("RGB"))
+        if frame.shape[-1] == 1:
+            frame = frame[..., 0]
+        image = Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)
+        picture = np.asarray(image.convert("RGB"))
 
         # A video without an ECG has no strip.
         if self.trace is None:
