@@ -1914,18 +1914,29 @@ def test_breath_beside_the_ecg():
 
 def test_text_beside_the_line_is_no_heart_beat():
     """An R peak where the line that was followed goes over to a text, or T waves as tall as R taken for a text."""
-    pace = 100
+    def drawn(rows):
+        """A Line whose pixels go from each row to the next."""
+        inked = np.zeros((600, 80), bool)
+        for u, (a, b) in enumerate(zip(rows, np.roll(rows, -1))):
+            inked[u, int(min(a, b)):int(max(a, b)) + 1] = True
+        return Line(rows, inked, 100.0)
+
     rows = np.full(600, 50.0)
     rows[30::100] = rows[31::100] = rows[32::100] = 10                  # R waves
     for u in range(50, 600, 100):
         rows[u:u + 20] = 18                                             # T waves
-    assert np.array_equal(leave_out_text(rows, pace), rows)
+    assert np.array_equal(leave_out_text(drawn(rows), pace=100), rows)
     with_text = rows.copy()
     with_text[533:575] = 12
-    with_text[-10:] = 12
-    left = leave_out_text(with_text, pace)
-    assert np.isnan(left[528:580]).all() and np.isnan(left[-15:]).all()
-    assert np.array_equal(left[:510], rows[:510])
+    left = leave_out_text(drawn(with_text), pace=100)
+    assert np.isnan(left[528:580]).all() and np.array_equal(left[:510], rows[:510])
+    # A text as short as a T wave, to which the line jumps
+    with_text = rows.copy()
+    with_text[480:498] = 12
+    line = drawn(with_text)
+    line.inked[479, :48] = False
+    left = leave_out_text(line, pace=100)
+    assert np.isnan(left[480:498]).all() and np.array_equal(left[:460], rows[:460])
 
 
 @pytest.mark.parametrize("name", NO_STRIP)

@@ -7,8 +7,8 @@ The strip may show other lines, too: a breath, an axis. The ECG is the one with 
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import (binary_dilation, binary_opening, find_objects, gaussian_filter1d, label,
-                           maximum_filter1d, median_filter, minimum_filter1d, uniform_filter1d)
+from scipy.ndimage import (find_objects, gaussian_filter1d, label, maximum_filter1d, median_filter,
+                           minimum_filter1d, uniform_filter1d)
 from scipy.signal import butter, sosfiltfilt
 
 from common.flags import UserError
@@ -21,6 +21,7 @@ LEAST_QRS = 2.5     # pixels: what is lower in that band is no QRS complex
 LEAST_CREST = 5     # QRS complexes against the rest: an ECG has 8 or more, a breath less than 4
 LEAST_SHARE = 0.4   # of the bright pixels that belong to the line
 TOUCH = 6           # rows between two lines of which a path may go from one to the other
+LONGEST_QRS_S = 0.12    # a QRS complex is shorter than this at half its height
 LONGEST_WAVE_S = 0.3    # the waves of an ECG are shorter than this at half the height of R
 
 
@@ -63,7 +64,7 @@ def trace_ecg(image, pace):
     for other in lines:
         line = take_back(line, other, pace)
     y0, y1 = check_single_line(image > 0.9 * line.level, line.inked)
-    return Trace(leave_out_text(line.rows, pace), crest, y0, y1)
+    return Trace(leave_out_text(line, pace), crest, y0, y1)
 
 
 def find_ecg(lines, pace):
@@ -264,25 +265,43 @@ def touching_run(mask, first, last):
     return y0, y1
 
 
-def leave_out_text(rows, pace):
-    """The rows (U,) of a line of `pace` columns a second, NaN where it has left the ECG.
+def leave_out_text(line, pace):
+    """The rows (U,) of a Line of `pace` columns a second, NaN where it has left the ECG.
 
     A path that runs into a text or onto another line stays away from the base of the ECG, to which
     a QRS complex comes back at once. The QRS complex from which it has left is hidden, too.
     """
+    rows = line.rows
     distance = np.abs(rows - np.nanmedian(rows))                        # U
-    # NaN is not away
-    away = distance > 0.5 * np.nanpercentile(distance, 99)
-    longest = round(LONGEST_WAVE_S * pace)
-    # What is cut off by the end of the line may go on beyond it
-    known = np.flatnonzero(np.isfinite(rows))
-    first, last = known[0], known[-1]
-    away = np.pad(away[first:last + 1], longest, mode="edge")
-    away = binary_opening(away, np.ones(longest))
-    away = binary_dilation(away, np.ones(longest + 1))[longest:-longest]
+    # Half the height of a QRS complex; NaN is not away
+    away = distance > 0.5 * np.percentile(narrow_waves(rows, pace), 98)
+    is_cut = find_cuts(line)                                            # U + 1
+    margin = round(LONGEST_WAVE_S * pace / 2)
     left = rows.copy()
-    left[first:last + 1][away] = np.nan
+    runs, _ = label(away)
+    for run in find_objects(runs):
+        start, stop = run[0].start, run[0].stop
+        # A line that jumps to where it is, or ends there, is no wave
+        longest = LONGEST_WAVE_S
+        if is_cut[start] or is_cut[stop]:
+            longest = LONGEST_QRS_S
+        if stop - start > longest * pace:
+            left[max(0, start - margin):stop + margin] = np.nan
     return left
+
+
+def find_cuts(line):
+    """Where a Line begins, ends or jumps: (U + 1,) bool, True = between columns u - 1 and u."""
+    U, h = line.inked.shape
+    row = np.arange(h)
+    top = np.where(line.inked, row, h).min(1)                           # U
+    bottom = np.where(line.inked, row, -1).max(1)                       # U
+    # The pixels of a line touch those of the next column
+    jumps = (top[1:] > bottom[:-1] + TOUCH) | (bottom[1:] < top[:-1] - TOUCH)
+    known = np.isfinite(line.rows)
+    is_cut = np.ones(U + 1, bool)
+    is_cut[1:U] = jumps | ~known[1:] | ~known[:-1]
+    return is_cut
 
 
 # ---------------------------------------------------------------------------- the signal
