@@ -77,6 +77,7 @@ class TrainConfig(GeneratorSettings):
     p_fade: float = 0.50            # share of prefixes of changed brightness; the anchor keeps its own
     freeze_encoder: bool = False    # leave the ECG encoder as it is
     critic_weight: float = 1.0      # Eq. 10, where there is a --critic
+    volume_weight: float = 0.0      # of the LV's volume, for a set that knows it; 0 = not trained
     bf16: bool = True               # autocast to bfloat16, on a GPU or a CPU that is fast in it
     compile: bool = False           # torch.compile
     workers: int = 0                # data loading processes
@@ -257,35 +258,49 @@ def reencode_prefix(tokenizer, tokens, num_prefix, fade=None):
 # ---------------------------------------------------------------- the model of this stage
 
 class Stage2(nn.Module):
-    """Encoder (None: there is none) and generator as one module, as DDP wants it."""
+    """All that is trained, as one module, as DDP wants it: encoder (None: there is none), generator.
 
-    def __init__(self, encoder, generator):
+    reads_volume: with a head that reads the volume of the left ventricle off the transformer's
+    features. It is there in training alone. How strongly the heart beats is a small part of the
+    loss of the tokens, most of which is speckle; this head asks for it.
+    """
+
+    def __init__(self, encoder, generator, reads_volume=False):
         super().__init__()
         self.encoder = encoder
         self.generator = generator
+        self.volume_head = None
+        if reads_volume:
+            dim = generator.config.dim
+            self.volume_head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, 1))
+            # A usual volume. Far from it, the first gradients would be those of the head alone.
+            nn.init.constant_(self.volume_head[-1].bias, 0.7)
 
-    def token_loss(self, tokens, masked, **known):
-        """The loss of every token (B, T', h, w). known: the arguments of build_condition."""
+    def forward(self, tokens, masked, critic_uniforms=None, **known):
+        """What the losses need of a batch, a dict:
+
+            token_loss (B, T', h, w)    of every token
+            volume (B, T')              of the LV, a share of the largest; if it is read
+            critic_logits, fake (B, T', h, w)   the critic's logit that a token is fake, and whether
+                                                it is; with critic_uniforms
+
+        known: the arguments of build_condition.
+        """
+        # The transformer runs once for all this, and once more for the critic.
         cond = build_condition(self.generator.config, self.encoder, **known)
-        return self.generator(tokens, masked, cond)
+        x = self.generator.features(tokens, masked, cond)                       # B T'hw D
+        result = {"token_loss": self.generator.token_loss(x, tokens)}
 
-    def forward(self, tokens, masked, **known):
-        """What DDP and torch.compile call."""
-        return self.token_loss(tokens, masked, **known)
+        if self.volume_head is not None:
+            each_frame = x.unflatten(1, (tokens.shape[1], -1)).mean(2)          # B T' D
+            result["volume"] = self.volume_head(each_frame)[..., 0].float()     # B T'
 
-
-class Stage2WithCritic(Stage2):
-    """The same with a critic, which judges what the generator has just sampled."""
-
-    def forward(self, tokens, masked, critic_uniforms, **known):
-        """-> loss of every token, the critic's logit of it, whether it is fake; (B, T', h, w)."""
-        # The transformer runs once for the loss and the samples, and once more for the critic.
-        cond = build_condition(self.generator.config, self.encoder, **known)
-        features = self.generator.features(tokens, masked, cond)
-        loss = self.generator.token_loss(features, tokens)
-        judged = self.generator.critic_input(features, tokens, masked, critic_uniforms)     # Eq. 9
-        # A sample that hits the true token is no fake, though its place was masked.
-        return loss, self.generator.critic_logits(judged, cond), judged != tokens
+        if critic_uniforms is not None:
+            judged = self.generator.critic_input(x, tokens, masked, critic_uniforms)        # Eq. 9
+            result["critic_logits"] = self.generator.critic_logits(judged, cond)
+            # A sample that hits the true token is no fake, though its place was masked.
+            result["fake"] = judged != tokens
+        return result
 
 
 def make_encoder(config):
@@ -373,6 +388,14 @@ def critic_loss(logits, fake, free):
                   "critic_auroc": auroc(logits, fake)}
 
 
+def volume_loss(found, volume):
+    """Mean squared error of found (B, T') against the volume of each frame (B, T)."""
+    # The first latent frame is one frame, each later one P_t frames.
+    latent_frames = found.shape[1]
+    later = volume[:, 1:].unflatten(1, (latent_frames - 1, -1)).mean(2)     # B T'-1
+    return F.mse_loss(found, torch.cat([volume[:, :1], later], dim=1))
+
+
 def known_of(batch):
     """What a batch of the loader says of the ECG or text, as build_condition takes it."""
     names = "fps", "ecg", "leads", "ecg_start", "anchor_ecg", "text"
@@ -408,17 +431,27 @@ def batch_loss(config, model, tokenizer, batch, num_prefix, samples):
     known = known_of(batch) | dict(anchor=choices.anchor, drop=choices.drop)
     if "ecg" in batch:
         known["ecg_hidden"] = choices.ecg_hidden | batch["ecg_disturbed"]
+    if config.critic != "none":
+        known["critic_uniforms"] = choices.critic_uniforms
+    result = model(tokens, masked, **known)
+    loss = masked_mean(result["token_loss"], masked)
     log = {"masked": masked.float().mean()}
-    if config.critic == "none":
-        loss = masked_mean(model(tokens, masked, **known), masked)
-        return loss, log
 
-    # 4. The critic judges all tokens but the known ones.
-    each, logits, fake = model(tokens, masked, choices.critic_uniforms, **known)
-    frame = torch.arange(tokens.shape[1], device=tokens.device)[:, None, None]
-    free = frame >= known_frames[:, None, None, None]
-    bce, critic_log = critic_loss(logits, fake, free.expand_as(fake))
-    return masked_mean(each, masked) + config.critic_weight * bce, log | critic_log
+    # 4. The volume of the left ventricle.
+    if "volume" in result:
+        mse = volume_loss(result["volume"], batch["volume"])
+        loss = loss + config.volume_weight * mse
+        log["volume_mse"] = mse
+
+    # 5. The critic judges all tokens but the known ones.
+    if config.critic != "none":
+        frame = torch.arange(tokens.shape[1], device=tokens.device)[:, None, None]
+        free = frame >= known_frames[:, None, None, None]
+        bce, critic_log = critic_loss(result["critic_logits"], result["fake"],
+                                      free.expand_as(masked))
+        loss = loss + config.critic_weight * bce
+        log |= critic_log
+    return loss, log
 
 
 # ---------------------------------------------------------------- this trainer
@@ -455,6 +488,8 @@ def evaluate(model, tokenizer, data, config, *, device, rank, world, items=64):
     if config.condition == "none":
         ecgs = ("none",)
     sums = {f"val_{known}_{ecg}": 0.0 for known in ("first", "prefix") for ecg in ecgs}
+    if model.volume_head is not None:
+        sums["val_volume_mse"] = 0.0
     # The same items each time, shared out over the ranks; every rank takes as many batches.
     num_batches = math.ceil(items / (config.batch * world))
     for k in range(num_batches):
@@ -475,8 +510,12 @@ def evaluate(model, tokenizer, data, config, *, device, rank, world, items=64):
             given = reencode_prefix(tokenizer, tokens, num_prefix)
             anchor = random_anchor(u["anchor"], anchor_tokens, known_frames, p=1)
             for ecg, shown in zip(ecgs, (batch, with_wrong_ecg(batch))):
-                loss = model.token_loss(given, masked, anchor=anchor, **known_of(shown))
-                sums[f"val_{name}_{ecg}"] += masked_mean(loss, masked).item() / num_batches
+                result = model(given, masked, anchor=anchor, **known_of(shown))
+                loss = masked_mean(result["token_loss"], masked)
+                sums[f"val_{name}_{ecg}"] += loss.item() / num_batches
+                if "volume" in result and (name, ecg) == ("first", "right"):
+                    error = volume_loss(result["volume"], batch["volume"])
+                    sums["val_volume_mse"] += error.item() / num_batches
     return all_mean(sums, device)
 
 
@@ -514,7 +553,8 @@ def make_data(config, split, *, tokenizer, samples, group, is_train):
         find_disturbed=find_disturbed, group=group, seed=config.seed,
         uniforms=sum(uniform_sizes(num_tokens).values()), leads=config.leads,
         augment_ecg=augment_ecg, augment_video=augment_video, channels=tokenizer.config.channels,
-        p_drop_phrase=p_drop_phrase, anchor_seconds=(config.ecg_before, config.ecg_after))
+        p_drop_phrase=p_drop_phrase, volume=config.volume_weight > 0,
+        anchor_seconds=(config.ecg_before, config.ecg_after))
 
 
 def main():
@@ -550,8 +590,7 @@ def main():
         model = start_from(config.init_from, shape, tokenizer, encoder)
     else:
         model = Generator(shape)
-    stage = Stage2 if config.critic == "none" else Stage2WithCritic
-    raw = stage(encoder, model).to(device)
+    raw = Stage2(encoder, model, reads_volume=config.volume_weight > 0).to(device)
     if config.freeze_encoder and encoder is not None:
         encoder.requires_grad_(False)
     if rank == 0:

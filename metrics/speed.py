@@ -294,9 +294,6 @@ def generator_training(config, models, device):
     tokenizer, encoder, generator = models
     settings = model_config(generator.config, GeneratorSettings)
     train = train_generator.TrainConfig(**vars(settings), batch=config.train_batch)
-    stage = train_generator.Stage2
-    if train.critic != "none":
-        stage = train_generator.Stage2WithCritic
     batch = random_batch(train.batch, models)
     num_prefix = train_generator.draw_num_prefix(train, batch, tokenizer)
     batch = train_generator.to_device(batch, device)
@@ -305,7 +302,7 @@ def generator_training(config, models, device):
         """Encode the video, encode the prefixes again, and the loss of the masked tokens."""
         return train_generator.batch_loss(train, model, tokenizer, batch, num_prefix,
                                           encoder.config.samples)[0]
-    raw = stage(encoder, generator)
+    raw = train_generator.Stage2(encoder, generator)
 
     def compiled():
         """The transformer is compiled in its place."""
