@@ -857,9 +857,9 @@ def stream_video(tokenizer, encoder, generator, *, ecg, leads, ecg_start, frames
     """Progressive sampling: yields chunks (B, C, n, H, W) in [0, 1], `frames` frames in all.
 
     ecg (B, L, N) cleaned, numpy, its sample 0 at ecg_start seconds; leads (L,); decoding, a
-    DecodingConfig; first (B, C, 1, H, W) or None; hidden (N,) or (B, N) bool or None, samples that
-    the model must not know; text: B lines, for a text generator. encoder None for one of video
-    alone. seed: a number, or one for each video: then each is as if it were made alone.
+    DecodingConfig; first (B, C, 1, H, W) or None; hidden (N,) or (B, N) bool or None, samples to
+    hide; text: B lines, for a text generator; encoder None: it makes video alone. seed: a number,
+    or one for each video: then each is as if it were made alone.
 
     Each window knows the last `overlap` frames of the one before, the ECG of its own time span, and
     the video's first frame as its anchor. Memory does not grow with the length.
@@ -870,7 +870,6 @@ def stream_video(tokenizer, encoder, generator, *, ecg, leads, ecg_start, frames
     rngs = [torch.Generator().manual_seed(s) for s in np.atleast_1d(seed).tolist()]
     window = tokenizer.config.frames
     samples = encoder.config.samples if config.condition == "ecg" else 0
-    fps_of_clips = torch.full((B,), float(fps), device=device)
     leads = torch.as_tensor(leads, device=device)
     if hidden is None:
         hidden = np.zeros(ecg.shape[-1], bool)
@@ -897,9 +896,9 @@ def stream_video(tokenizer, encoder, generator, *, ecg, leads, ecg_start, frames
         uniforms = draw_uniforms(decoding, tokens, rngs)
         with bfloat16(device):
             cond = build_condition(
-                config, encoder, fps=fps_of_clips, ecg=window_ecg, leads=leads,
-                ecg_start=torch.full((B,), start - begin / fps, device=device),
-                ecg_hidden=window_hidden, text=text, anchor=anchor, anchor_ecg=anchor_ecg)
+                config, encoder, fps=torch.full((B,), float(fps), device=device), anchor=anchor,
+                ecg=window_ecg, leads=leads, ecg_hidden=window_hidden, anchor_ecg=anchor_ecg,
+                ecg_start=torch.full((B,), start - begin / fps, device=device), text=text)
             tokens = maskgit_decode(generator, tokens, num_prefix, cond, decoding, uniforms)
         if anchor is None:
             anchor = tokens[:, 0]                                               # B h w

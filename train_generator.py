@@ -74,7 +74,7 @@ class TrainConfig(GeneratorSettings):
     p_recorder_filter: float = 0.40  # share whose ECG is filtered as by another recorder
     p_hide: float = 0.20            # share with a span of the ECG hidden
     p_anchor: float = 0.90          # share of the clips with a prefix that also see an anchor
-    p_fade: float = 0.50            # share of prefixes of changed brightness; the anchor keeps its own
+    p_fade: float = 0.50            # share of prefixes of another brightness than their anchor
     freeze_encoder: bool = False    # leave the ECG encoder as it is
     critic_weight: float = 1.0      # Eq. 10, where there is a --critic
     volume_weight: float = 0.0      # of the LV's volume, for a set that knows it; 0 = not trained
@@ -258,11 +258,11 @@ def reencode_prefix(tokenizer, tokens, num_prefix, fade=None):
 # ---------------------------------------------------------------- the model of this stage
 
 class Stage2(nn.Module):
-    """All that is trained, as one module, as DDP wants it: encoder (None: there is none), generator.
+    """All that is trained, as one module, as DDP wants it: the generator and its encoder.
 
-    reads_volume: with a head that reads the volume of the left ventricle off the transformer's
-    features. It is there in training alone. How strongly the heart beats is a small part of the
-    loss of the tokens, most of which is speckle; this head asks for it.
+    encoder None: there is none. reads_volume: with a head that reads the volume of the left
+    ventricle off the transformer's features. It is there in training alone. How strongly the heart
+    beats is a small part of the tokens' loss, most of which is speckle. This head asks for it.
     """
 
     def __init__(self, encoder, generator, reads_volume=False):
