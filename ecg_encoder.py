@@ -368,9 +368,7 @@ def main():
         # clip the gradient, step, EMA
         optimizer_step(config, raw, optimizer, lr=lr, step=step, clips=train.clips, batch=batch,
                        state_path=state_path)
-        if step % 10 == 0:
-            # A short average early on, since the first weights are far from the later ones.
-            ema_update(ema, raw, min(config.ema, step / (step + 100)))
+        ema_update(config, ema, raw, step)
 
         # log
         if step % config.log_every == 0:

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.checkpoint import COMMIT, check_folder, load_weights
-from common.flags import UserError, parse_flags, parse_value, run_main
+from common.flags import UserError, check_least, parse_flags, parse_value, run_main
 from common.picture import SCROLL_S
 from common.training import init_distributed
 from data.dataset import ECG_HZ, LEADS, Clips, as_video, choose_clips
@@ -336,28 +336,6 @@ def read_inputs(clips, group, encoder, picked):
     return Inputs(own, other, own_disturbed, other_disturbed, leads, margin, None)
 
 
-def whole_videos(*models, ecg, disturbed, hidden, text, first, **arguments):
-    """Whole videos (B, C, T, H, W) of B clips, each with its disturbed ECG (B, N) hidden.
-
-    hidden (N,) bool is hidden of all clips. One call of stream_video hides the same samples of all
-    its clips. So clips without a disturbance are generated together, and each other one alone.
-    """
-    alone = disturbed.any(1)
-    groups = [[b] for b in np.flatnonzero(alone)]
-    if not alone.all():
-        groups.append(np.flatnonzero(~alone).tolist())
-    videos = {}
-    for rows in groups:
-        if text is not None:
-            arguments["text"] = [text[b] for b in rows]
-        if first is not None:
-            arguments["first"] = first[rows]
-        chunks = stream_video(*models, ecg=ecg[rows], hidden=hidden | disturbed[rows[0]],
-                              **arguments)
-        videos |= zip(rows, whole_video(chunks))
-    return torch.stack([videos[b] for b in range(len(ecg))])
-
-
 def generate_conditions(config, models, inputs, true, *, fps, seed, conditions):
     """The videos of a batch under each condition: {name: (B, C, T, H, W)}; true (B, C, T, H, W).
 
@@ -380,12 +358,13 @@ def generate_conditions(config, models, inputs, true, *, fps, seed, conditions):
         if name == "decoded":
             videos[name] = whole_video(decode_again(tokenizer, true.to(device)))
             continue
-        videos[name] = whole_videos(
+        in_span = hidden.get(name, np.zeros(len(instants), bool))                   # N
+        chunks = stream_video(
             *models, ecg=ecg.get(name, inputs.own), leads=inputs.leads,
-            disturbed=disturbed.get(name, inputs.own_disturbed),
-            hidden=hidden.get(name, np.zeros(len(instants), bool)),
+            hidden=in_span | disturbed.get(name, inputs.own_disturbed),
             ecg_start=start.get(name, -inputs.margin), text=inputs.text, first=first,
             frames=frames, fps=fps, seed=seeds.get(name, seed), decoding=config)
+        videos[name] = whole_video(chunks)
     return videos
 
 
@@ -659,8 +638,7 @@ def measure_speed(config, device):
     """
     if config.preset not in ("demo", "paper"):
         raise UserError(f"--preset={config.preset}: choose one of demo, paper")
-    if config.train_batch < 1:
-        raise UserError(f"--train_batch={config.train_batch}: must be at least 1")
+    check_least(config, dict(train_batch=1))
     if config.preset == "paper":
         models = paper_models(device)
         check_decoding(config, models[2].config, models[0].config)
@@ -768,8 +746,7 @@ def main():
     keys = [key for name in modes for key in METRICS[name]]
     targets, argv = split_targets(argv, keys)
     config = parse_flags(EvalConfig, argv=argv)
-    if config.batch < 1 or config.frames < 2 or config.num < 0:
-        raise UserError("--batch must be at least 1, --frames at least 2, --num at least 0")
+    check_least(config, dict(batch=1, frames=2, num=0))
 
     # ---- measure; a folder that cannot be written is refused before the work, not after it
     check_folder(config.out)

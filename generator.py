@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.checkpoint import load_weights
-from common.flags import UserError, parse_flags, run_main
+from common.flags import UserError, check_least, parse_flags, run_main
 from common.training import bfloat16
 from data.dataset import ECG_HZ, LEADS, crop_or_pad
 from ecg_encoder import EcgConfig, EcgEncoder
@@ -111,10 +111,7 @@ def check_fits(config, tokenizer, encoder):
 
 def check_decoding(decoding, config, tokenizer_config):
     """UserError where a DecodingConfig makes no sense for this generator and tokenizer."""
-    least = dict(steps=1, guidance=0, guidance_end=0, temperature=0, overlap=1)
-    for key, value in least.items():
-        if getattr(decoding, key) < value:
-            raise UserError(f"--{key}={getattr(decoding, key):g}: must be at least {value}")
+    check_least(decoding, dict(steps=1, guidance=0, guidance_end=0, temperature=0, overlap=1))
     if decoding.scorer not in SCORERS:
         raise UserError(f"--scorer={decoding.scorer}: choose one of {', '.join(SCORERS)}")
     if decoding.scorer == "critic" and config.critic == "none":
@@ -858,8 +855,8 @@ def stream_video(tokenizer, encoder, generator, *, ecg, leads, ecg_start, frames
 
     ecg (B, L, N) cleaned, numpy, its sample 0 at ecg_start seconds; leads (L,); decoding, a
     DecodingConfig; first (B, C, 1, H, W) or None; hidden (N,) or (B, N) bool or None, samples to
-    hide; text: B lines, for a text generator; encoder None: it makes video alone. seed: a number,
-    or one for each video: then each is as if it were made alone.
+    hide; text: B lines, for a text generator; encoder None for a generator of video alone. seed: a
+    number, or one for each video: then each is as if it were made alone.
 
     Each window knows the last `overlap` frames of the one before, the ECG of its own time span, and
     the video's first frame as its anchor. Memory does not grow with the length.

@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.flags import UserError, parse_flags, run_main
+from common.flags import UserError, check_least, parse_flags, run_main
 from common.picture import (draw_strip, gif_frame, index_colours, index_grey, load_image,
                             strip_curve)
 from common.training import model_config
@@ -148,11 +148,7 @@ def check_flags(config, tokenizer, generator, span):
     # A window must not last longer than the ECG that the encoder sees. Rounded up to a hundredth.
     slowest = math.ceil(100 * tokenizer.config.frames / span) / 100
 
-    # The smallest value of each flag that makes sense.
-    least = dict(frames=1, num=1, batch=1, seed=0, ecg_hz=0, fps=slowest)
-    for key, value in least.items():
-        if getattr(config, key) < value:
-            raise UserError(f"--{key}={getattr(config, key):g}: must be at least {value}")
+    check_least(config, dict(frames=1, num=1, batch=1, ecg_hz=0, fps=slowest))
 
     # What generator.py asks of the decoding, and whether --hide is two seconds.
     check_decoding(config, generator.config, tokenizer.config)

@@ -640,6 +640,8 @@ def test_cached_tokens_equal_fresh(phantom, weights, tmp_path):
     assert losses["fresh"] == losses["first"] == losses["second"]
     flags = train_flags("generator", data, weights, tmp_path / "bad")
     refused("no window is the same twice", call, train_generator.main, *flags, "--cache_tokens", "--augment")
+    wide = SimpleNamespace(config=SimpleNamespace(bits=17))
+    refused("16 bits", train_generator.cache_tokens, SimpleNamespace(augment=False), None, wide, None)
     path, = kept
     path.write_bytes(path.read_bytes()[:-9000])
     refused("remove it", call, train_generator.main, *flags, "--cache_tokens")

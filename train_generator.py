@@ -77,7 +77,7 @@ class TrainConfig(GeneratorSettings):
     p_fade: float = 0.50            # share of prefixes of another brightness than their anchor
     freeze_encoder: bool = False    # leave the ECG encoder as it is
     critic_weight: float = 1.0      # Eq. 10, where there is a --critic
-    volume_weight: float = 0.0      # of the LV's volume, for a set that knows it; 0 = not trained
+    volume_weight: float = 0.0      # of the error of the LV's volume; 0 = it is not read
     bf16: bool = True               # autocast to bfloat16, on a GPU or a CPU that is fast in it
     compile: bool = False           # torch.compile
     workers: int = 0                # data loading processes
@@ -273,7 +273,7 @@ class Stage2(nn.Module):
         if reads_volume:
             dim = generator.config.dim
             self.volume_head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, 1))
-            # A usual volume. Far from it, the first gradients would be those of the head alone.
+            # It starts at a usual volume. A large first error would outweigh the tokens' loss.
             nn.init.constant_(self.volume_head[-1].bias, 0.7)
 
     def forward(self, tokens, masked, critic_uniforms=None, **known):
@@ -286,7 +286,7 @@ class Stage2(nn.Module):
 
         known: the arguments of build_condition.
         """
-        # The transformer runs once for all this, and once more for the critic.
+        # The transformer runs once for all this. The critic's runs once more.
         cond = build_condition(self.generator.config, self.encoder, **known)
         x = self.generator.features(tokens, masked, cond)                       # B T'hw D
         result = {"token_loss": self.generator.token_loss(x, tokens)}
@@ -431,11 +431,11 @@ def batch_loss(config, model, tokenizer, batch, num_prefix, samples):
     known = known_of(batch) | dict(anchor=choices.anchor, drop=choices.drop)
     if "ecg" in batch:
         known["ecg_hidden"] = choices.ecg_hidden | batch["ecg_disturbed"]
-    if config.critic != "none":
-        known["critic_uniforms"] = choices.critic_uniforms
-    result = model(tokens, masked, **known)
+    # Without these numbers the critic does not judge.
+    uniforms = choices.critic_uniforms if config.critic != "none" else None
+    result = model(tokens, masked, uniforms, **known)
     loss = masked_mean(result["token_loss"], masked)
-    log = {"masked": masked.float().mean()}
+    log = {"masked": masked.float().mean(), "token_loss": loss}
 
     # 4. The volume of the left ventricle.
     if "volume" in result:
@@ -523,6 +523,9 @@ def cache_tokens(config, data, tokenizer, device):
     """Let RandomWindows give tokens in place of video; those of a set and tokenizer are kept."""
     if config.augment:
         raise UserError("--cache_tokens: with --augment no window is the same twice")
+    if tokenizer.config.bits > 16:
+        raise UserError(f"--cache_tokens keeps 16 bits a token, this tokenizer has "
+                        f"{tokenizer.config.bits}")
     name = state_hash(tokenizer.state_dict())
     # The first process of a machine writes, the others wait for it.
     if first_of_node():
@@ -654,9 +657,7 @@ def main():
         # clip the gradient, step, EMA
         optimizer_step(config, raw, optimizer, lr=lr, step=step, clips=train.clips, batch=batch,
                        state_path=state_path)
-        if step % 10 == 0:
-            # A short average early on, since the first weights are far from the later ones.
-            ema_update(ema, raw, min(config.ema, step / (step + 100)))
+        ema_update(config, ema, raw, step)
 
         # log
         if step % config.log_every == 0:

@@ -439,9 +439,7 @@ def main():
                 average(p.grad)
             optimizer_step(config, judge, optimizer_d, lr=lr, step=step, clips=train.clips,
                            batch=batch, state_path=state_path)
-        if step % 10 == 0:
-            # A short average early on, since the first weights are far from the later ones.
-            ema_update(ema, raw, min(config.ema, step / (step + 100)))
+        ema_update(config, ema, raw, step)
 
         # log
         if step % config.log_every == 0:

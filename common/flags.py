@@ -127,7 +127,15 @@ def parse_flags(config, presets=None, argv=None):
     for key, text in given.items():
         settings[key] = parse_value(key, text, kinds[key])
     filled = config(**settings)
-    for name in ("seed", "workers"):
-        if getattr(filled, name, 0) < 0:
-            raise UserError(f"--{name}={getattr(filled, name)}: must be at least 0")
+    check_least(filled, dict(seed=0, workers=0))
     return filled
+
+
+def check_least(config, least):
+    """UserError where a setting of the config is below its value in `least`, {name: value}.
+
+    A config may lack any of them.
+    """
+    for name, value in least.items():
+        if getattr(config, name, value) < value:
+            raise UserError(f"--{name}={getattr(config, name):g}: must be at least {value}")

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common.checkpoint import differences, load_state, read_state
-from common.flags import UserError, print_error, run_main
+from common.flags import UserError, check_least, print_error, run_main
 
 
 # ---------------------------------------------------------------------------- start
@@ -41,9 +41,8 @@ LEAST = dict(
 
 def check_training(config):
     """UserError where a setting of a training makes no sense; a config may lack any of them."""
+    check_least(config, LEAST)
     for name, value in vars(config).items():
-        if name in LEAST and value < LEAST[name]:
-            raise UserError(f"--{name}={value:g}: must be at least {LEAST[name]}")
         is_share = name.startswith("p_") or name == "ema"
         if is_share and not 0 <= value <= 1:
             raise UserError(f"--{name}={value:g}: a share, 0 to 1")
@@ -299,9 +298,15 @@ def schedule(config, step, seconds, device="cpu"):
 
 
 @torch.no_grad()
-def ema_update(ema, model, decay):
-    """Exponential moving average of the weights: ema = decay * ema + (1 - decay) * model."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+def ema_update(config, ema, model, step):
+    """Exponential moving average of the weights, at every tenth step.
+
+    ema = decay * ema + (1 - decay) * model, in place.
+    """
+    if step % 10 == 0:
+        # A short average early on, since the first weights are far from the later ones.
+        decay = min(config.ema, step / (step + 100))
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def optimizer_step(config, model, optimizer, *, lr, step, clips, batch, state_path):
@@ -314,8 +319,10 @@ def optimizer_step(config, model, optimizer, *, lr, step, clips, batch, state_pa
     if not torch.isfinite(norm):
         # Raised before the step, so that the saved state stays good.
         names = " ".join(clips[i]["id"] for i in batch["clip"].tolist())
-        raise UserError(f"step {step}: the loss or its gradient is not finite; "
-                        f"last batch: {names}; {state_path} keeps the last good state")
+        message = f"step {step}: the loss or its gradient is not finite; last batch: {names}"
+        if Path(state_path).exists():
+            message += f"; {state_path} keeps the last good state"
+        raise UserError(message)
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()

@@ -53,7 +53,7 @@ if [ -z "${DATA:-}" ]; then
         --clips="$(scaled 4000 8)" --val="$(scaled 64 4)" --test="$(scaled 128 2)"
 fi
 
-# One process a GPU. --batch of the preset is 16 clips a process.
+# One process a GPU. --batch of the presets is 16 clips a process, 32 in the ECG encoder.
 train() {
     torchrun --standalone --nproc_per_node="$NPROC" "$@" --preset=paper --data="$DATA" \
         --out="$OUT" --resume
