@@ -520,8 +520,7 @@ ADVERSARIAL = ["--gan_weight=1", "--gan_warmup=0.3", "--lecam_weight=1"]
 @pytest.mark.parametrize("stage", TRAINERS)
 def test_resumed_equals_uninterrupted(stage, phantom, weights, tmp_path, monkeypatch):
     """State that --resume forgets (optimizer, EMA, place in the data): later losses differ in a last bit."""
-    more = {"tokenizer": [*ADVERSARIAL, "--accumulate=2"],
-            "generator": ["--accumulate=2", "--volume_weight=9"]}.get(stage, [])
+    more = {"tokenizer": [*ADVERSARIAL, "--accumulate=2"], "generator": ["--accumulate=2"]}.get(stage, [])
 
     def train(name, *extra, stop=None):
         monkeypatch.setattr(TRAINERS[stage], "batches", lambda *args: islice(batches(*args), stop))
@@ -602,30 +601,6 @@ def test_frozen_encoder(phantom, weights, tmp_path):
                 *train_flags("generator", phantom, weights, tmp_path), bad)
 
 
-def test_volume_is_read_off_the_features(phantom, weights, tmp_path):
-    """The volume of other frames than the window's, a head that learns nothing, or one that stays in the weights."""
-    clips = Clips(phantom, "train")
-    item = RandomWindows(clips, 11, volume=True)[5]
-    video = clips.per_frame("video", item["clip"])
-    start = next(t for t in range(len(video)) if np.allclose(video[t, :, :, 0] / 255, item["video"][0, 0], atol=1e-6))
-    volume = clips.per_frame("volume", item["clip"])
-    found = item["volume"].numpy()
-    assert np.allclose(found, volume[start:start + 11] / volume.max()) and np.ptp(found) > 0.05
-    found = torch.tensor([[0.9, 0.7, 0.6]])
-    assert train_generator.volume_loss(found, torch.tensor([[0.9, 0.8, 0.6, 0.5, 0.7]])) < 1e-12
-    call(train_generator.main, *train_flags("generator", phantom, weights, tmp_path), "--steps=40", "--warmup=1",
-         "--lr=3e-3", "--log_every=1", "--volume_weight=50")
-    lines = [json.loads(x) for x in (tmp_path / "generator.jsonl").read_text().splitlines()]
-    mse = [x["volume_mse"] for x in lines if "volume_mse" in x]
-    assert np.mean(mse[-10:]) < 0.5 * mse[0] and lines[-1]["val_volume_mse"] < 0.1
-    assert not any("volume" in name for name in checkpoint.read_file(tmp_path / "generator.pt")["model"])
-    shutil.copytree(phantom, data := tmp_path / "set")
-    for path in data.glob("*/volume.npy"):
-        path.unlink()
-    refused("no volume.npy", call, train_generator.main, *train_flags("generator", data, weights, tmp_path / "out"),
-            "--volume_weight=50")
-
-
 def test_cached_tokens_equal_fresh(phantom, weights, tmp_path):
     """Tokens of another window or frame than the training draws, or a cache that is made again at each start."""
     shutil.copytree(phantom, data := tmp_path / "set")
@@ -651,7 +626,7 @@ def test_cached_tokens_equal_fresh(phantom, weights, tmp_path):
 def test_two_ranks_equal_one_process(stage, phantom, weights, tmp_path):
     """Entropy or masked mean not over all ranks, the same data on both ranks, or gradients not averaged."""
     more = {"tokenizer": ["--bf16=0", "--entropy_weight=1", "--accumulate=2", *ADVERSARIAL],
-            "generator": ["--bf16=0", "--accumulate=2", "--volume_weight=9"]}
+            "generator": ["--bf16=0", "--accumulate=2"]}
     flags = ["--steps=4", "--warmup=1", "--log_every=1", *more.get(stage, [])]
     call(TRAINERS[stage].main, *train_flags(stage, phantom, weights, tmp_path / "one"), *flags)
     run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TRAINERS[stage].__file__,
@@ -2232,7 +2207,7 @@ def test_bad_settings_are_one_line(phantom, weights, tmp_path):
     other = tmp_path / "other"                                  # a tokenizer of another grid
     call(train_tokenizer.main, *train_flags("tokenizer", phantom, "", other), "--steps=1", "--patch=16")
     shutil.copy(weights / "ecg_encoder.pt", other)
-    for bad in ("--p_hide=2", "--leads=I,XX", "--hide_share=0.2", "--bits=14", "--volume_weight=-1"):
+    for bad in ("--p_hide=2", "--leads=I,XX", "--hide_share=0.2", "--bits=14"):
         refused(bad.partition("=")[0], call, train_generator.main, *generator_flags, bad)
     refused("is for grid=8, its tokenizer or encoder has 4", call, train_generator.main,
             *train_flags("generator", phantom, other, out), f"--init_from={weights}")

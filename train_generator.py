@@ -77,7 +77,6 @@ class TrainConfig(GeneratorSettings):
     p_fade: float = 0.50            # share of prefixes of another brightness than their anchor
     freeze_encoder: bool = False    # leave the ECG encoder as it is
     critic_weight: float = 1.0      # Eq. 10, where there is a --critic
-    volume_weight: float = 0.0      # of the error of the LV's volume; 0 = it is not read
     bf16: bool = True               # autocast to bfloat16, on a GPU or a CPU that is fast in it
     compile: bool = False           # torch.compile
     workers: int = 0                # data loading processes
@@ -258,45 +257,28 @@ def reencode_prefix(tokenizer, tokens, num_prefix, fade=None):
 # ---------------------------------------------------------------- the model of this stage
 
 class Stage2(nn.Module):
-    """All that is trained, as one module, as DDP wants it: the generator and its encoder.
+    """Encoder (None: there is none) and generator as one module, as DDP wants it."""
 
-    encoder None: there is none. reads_volume: with a head that reads the volume of the left
-    ventricle off the transformer's features. It is there in training alone. How strongly the heart
-    beats is a small part of the tokens' loss, most of which is speckle. This head asks for it.
-    """
-
-    def __init__(self, encoder, generator, reads_volume=False):
+    def __init__(self, encoder, generator):
         super().__init__()
         self.encoder = encoder
         self.generator = generator
-        self.volume_head = None
-        if reads_volume:
-            dim = generator.config.dim
-            self.volume_head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, 1))
-            # It starts at a usual volume. A large first error would outweigh the tokens' loss.
-            nn.init.constant_(self.volume_head[-1].bias, 0.7)
 
     def forward(self, tokens, masked, critic_uniforms=None, **known):
-        """What the losses need of a batch, a dict:
+        """What the losses need of a batch, a dict of tensors (B, T', h, w):
 
-            token_loss (B, T', h, w)    of every token
-            volume (B, T')              of the LV, a share of the largest; if it is read
-            critic_logits, fake (B, T', h, w)   the critic's logit that a token is fake, and whether
-                                                it is; with critic_uniforms
+            token_loss              of every token
+            critic_logits, fake     the critic's logit that a token is fake, and whether it is;
+                                    with critic_uniforms (B, 2, T' h w)
 
         known: the arguments of build_condition.
         """
-        # The transformer runs once for all this. The critic's runs once more.
         cond = build_condition(self.generator.config, self.encoder, **known)
-        x = self.generator.features(tokens, masked, cond)                       # B T'hw D
-        result = {"token_loss": self.generator.token_loss(x, tokens)}
-
-        if self.volume_head is not None:
-            each_frame = x.unflatten(1, (tokens.shape[1], -1)).mean(2)          # B T' D
-            result["volume"] = self.volume_head(each_frame)[..., 0].float()     # B T'
-
+        features = self.generator.features(tokens, masked, cond)                # B T'hw D
+        result = {"token_loss": self.generator.token_loss(features, tokens)}
+        # The transformer has run once for the loss and the samples. The critic's runs once more.
         if critic_uniforms is not None:
-            judged = self.generator.critic_input(x, tokens, masked, critic_uniforms)        # Eq. 9
+            judged = self.generator.critic_input(features, tokens, masked, critic_uniforms)  # Eq. 9
             result["critic_logits"] = self.generator.critic_logits(judged, cond)
             # A sample that hits the true token is no fake, though its place was masked.
             result["fake"] = judged != tokens
@@ -388,14 +370,6 @@ def critic_loss(logits, fake, free):
                   "critic_auroc": auroc(logits, fake)}
 
 
-def volume_loss(found, volume):
-    """Mean squared error of found (B, T') against the volume of each frame (B, T)."""
-    # The first latent frame is one frame, each later one P_t frames.
-    latent_frames = found.shape[1]
-    later = volume[:, 1:].unflatten(1, (latent_frames - 1, -1)).mean(2)     # B T'-1
-    return F.mse_loss(found, torch.cat([volume[:, :1], later], dim=1))
-
-
 def known_of(batch):
     """What a batch of the loader says of the ECG or text, as build_condition takes it."""
     names = "fps", "ecg", "leads", "ecg_start", "anchor_ecg", "text"
@@ -437,13 +411,7 @@ def batch_loss(config, model, tokenizer, batch, num_prefix, samples):
     loss = masked_mean(result["token_loss"], masked)
     log = {"masked": masked.float().mean(), "token_loss": loss}
 
-    # 4. The volume of the left ventricle.
-    if "volume" in result:
-        mse = volume_loss(result["volume"], batch["volume"])
-        loss = loss + config.volume_weight * mse
-        log["volume_mse"] = mse
-
-    # 5. The critic judges all tokens but the known ones.
+    # 4. The critic judges all tokens but the known ones.
     if config.critic != "none":
         frame = torch.arange(tokens.shape[1], device=tokens.device)[:, None, None]
         free = frame >= known_frames[:, None, None, None]
@@ -488,8 +456,6 @@ def evaluate(model, tokenizer, data, config, *, device, rank, world, items=64):
     if config.condition == "none":
         ecgs = ("none",)
     sums = {f"val_{known}_{ecg}": 0.0 for known in ("first", "prefix") for ecg in ecgs}
-    if model.volume_head is not None:
-        sums["val_volume_mse"] = 0.0
     # The same items each time, shared out over the ranks; every rank takes as many batches.
     num_batches = math.ceil(items / (config.batch * world))
     for k in range(num_batches):
@@ -513,9 +479,6 @@ def evaluate(model, tokenizer, data, config, *, device, rank, world, items=64):
                 result = model(given, masked, anchor=anchor, **known_of(shown))
                 loss = masked_mean(result["token_loss"], masked)
                 sums[f"val_{name}_{ecg}"] += loss.item() / num_batches
-                if "volume" in result and (name, ecg) == ("first", "right"):
-                    error = volume_loss(result["volume"], batch["volume"])
-                    sums["val_volume_mse"] += error.item() / num_batches
     return all_mean(sums, device)
 
 
@@ -556,7 +519,7 @@ def make_data(config, split, *, tokenizer, samples, group, is_train):
         find_disturbed=find_disturbed, group=group, seed=config.seed,
         uniforms=sum(uniform_sizes(num_tokens).values()), leads=config.leads,
         augment_ecg=augment_ecg, augment_video=augment_video, channels=tokenizer.config.channels,
-        p_drop_phrase=p_drop_phrase, volume=config.volume_weight > 0,
+        p_drop_phrase=p_drop_phrase,
         anchor_seconds=(config.ecg_before, config.ecg_after))
 
 
@@ -593,7 +556,7 @@ def main():
         model = start_from(config.init_from, shape, tokenizer, encoder)
     else:
         model = Generator(shape)
-    raw = Stage2(encoder, model, reads_volume=config.volume_weight > 0).to(device)
+    raw = Stage2(encoder, model).to(device)
     if config.freeze_encoder and encoder is not None:
         encoder.requires_grad_(False)
     if rank == 0:

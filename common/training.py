@@ -36,7 +36,7 @@ LEAST = dict(
     steps=0, batch=1, accumulate=1, warmup=1, log_every=1, eval_every=1, save_every=1, num=0,
     lr=0, weight_decay=0, clip_norm=0, gan_weight=0, ecg_before=0, ecg_after=0,
     heads=1, depth=0, depth_space=0, depth_time=0, patch=1, patch_t=1, bits=2, samples=1,
-    width=8, levels=1, context=0, volume_weight=0)
+    width=8, levels=1, context=0)
 
 
 def check_training(config):

@@ -333,8 +333,6 @@ class RandomWindows(Dataset):
     with anchor_seconds:
         anchor (C, 1, H, W)      any frame of the clip
         anchor_ecg (L, samples)  the ECG around that frame, if ecg_samples > 0
-    with volume:
-        volume (T,)              of the left ventricle, as a share of the largest of the clip
     with cached_tokens, in place of video and anchor:
         tokens (T', h, w)        of the window
         anchor_tokens (h, w)     of the anchor frame
@@ -356,7 +354,6 @@ class RandomWindows(Dataset):
     augment_video: Callable | None = None   # augment_video((T, H, W, C) uint8, rng) -> the same
     channels: int = 0                       # of the video, see as_video
     anchor_seconds: tuple | None = None     # seconds of ECG (before, after) the anchor frame
-    volume: bool = False                    # items with the volume of the left ventricle
     p_drop_phrase: float | None = None      # probability that a phrase of the text is left out
     cached_tokens: bool = False             # the clips have tokens (data/token_cache.py)
 
@@ -364,9 +361,6 @@ class RandomWindows(Dataset):
         shards = self.clips.shards
         if self.p_drop_phrase is not None and any("text" not in shard.names for shard in shards):
             raise UserError("the clips of the set have no text")
-        if self.volume and any("volume" not in shard.arrays for shard in shards):
-            raise UserError("the set has no volume.npy, the LV volume of each frame: "
-                            "pass --volume_weight=0")
         if self.ecg_samples and not self.clips.leads:
             raise UserError("the set has no ECG; of several, one has none, "
                             "or other leads than another")
@@ -429,10 +423,6 @@ class RandomWindows(Dataset):
             item |= self.token_items(window)
         else:
             item |= self.video_items(window, rng)
-        if self.volume:
-            volume = self.clips.per_frame("volume", clip)                                  # frames
-            share = volume[start:start + self.frames] / volume.max()
-            item["volume"] = torch.from_numpy(share)
         if self.ecg_samples:
             item |= self.ecg_items(window, n, rng)
         if self.p_drop_phrase is not None:
