@@ -519,8 +519,7 @@ def make_data(config, split, *, tokenizer, samples, group, is_train):
         find_disturbed=find_disturbed, group=group, seed=config.seed,
         uniforms=sum(uniform_sizes(num_tokens).values()), leads=config.leads,
         augment_ecg=augment_ecg, augment_video=augment_video, channels=tokenizer.config.channels,
-        p_drop_phrase=p_drop_phrase,
-        anchor_seconds=(config.ecg_before, config.ecg_after))
+        p_drop_phrase=p_drop_phrase, anchor_seconds=(config.ecg_before, config.ecg_after))
 
 
 def main():
