@@ -1646,6 +1646,19 @@ def test_training_hides_what_is_disturbed(tmp_path):
     assert ecgs.shape == (1, 2, 1000) and disturbed.shape == (1, 1000) and disturbed[0, 250:750].all()
 
 
+def test_evaluation_hides_what_is_disturbed(tiny, monkeypatch):
+    """A clip of a batch that is generated with the disturbance of another clip, of another ECG, or of none."""
+    hidden = []
+    monkeypatch.setattr(evaluate, "stream_video",
+                        lambda *models, **given: hidden.append(given["hidden"]) or [torch.zeros(2, 1, 8, 4, 4)])
+    ecg, own = np.zeros((2, 1, 500)), np.zeros((2, 500), bool)
+    own[1, 100:200] = True
+    inputs = evaluate.Inputs(ecg, ecg, own, ~own, [1], 0.0, None)
+    evaluate.generate_conditions(evaluate.EvalConfig(), (tiny.tokenizer, tiny.encoder, tiny.generator), inputs,
+                                 torch.zeros(2, 1, 8, 4, 4), fps=25, seed=0, conditions=["own", "swapped", "flat"])
+    assert (hidden[0] == own).all() and (hidden[1] == ~own).all() and not np.any(hidden[2])
+
+
 def test_training_masks_the_disturbed_samples():
     """A loss that changes with what is under the ECG mask: the model would learn from artefacts."""
     batch = {"fps": torch.tensor([25.]), "ecg": torch.zeros(1, 1, 600), "leads": torch.tensor([0]),
