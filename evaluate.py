@@ -39,7 +39,7 @@ from data.dataset import ECG_HZ, LEADS, Clips, as_video, choose_clips
 from data.ecg_signal import clean_ecg
 from data.ecgsyn import make_ecg
 from generator import DecodingConfig, check_decoding, load_models, stream_video
-from metrics.clip_ecg import aligned_ecg, pick_leads, r_peaks_of
+from metrics.clip_ecg import AlignedEcg, aligned_ecg, pick_leads, r_peaks_of
 from metrics.ejection_fraction import ef_scores, measure_masks, median_or_nan
 from metrics.frechet import KINDS, Detector, Features, frechet, kernel_distance
 from metrics.image_quality import edge_energy, frame_scores, rate_distortion_bound, ssim
@@ -308,10 +308,8 @@ def decode_again(tokenizer, video):
 
 class Inputs(NamedTuple):
     """What a batch of clips gives the generator."""
-    own: np.ndarray     # (B, L, N) the clips' own ECGs, cleaned
-    other: np.ndarray   # (B, L, N) those of their donors
-    own_disturbed: np.ndarray       # (B, N) bool: what the model must not see of the own ones
-    other_disturbed: np.ndarray     # (B, N) bool: and of the donors'
+    own: AlignedEcg     # the clips' own ECGs
+    other: AlignedEcg   # those of their donors
     leads: list         # L indices into LEADS
     margin: float       # seconds of ECG before the first frame and after the last
     text: list | None   # B lines, for a text generator
@@ -325,15 +323,15 @@ def read_inputs(clips, group, encoder, picked):
     fps, frames, numbers, donors = group
     # A text generator has no ECG. A blank one gives stream_video the batch size.
     if encoder is None:
-        blank = np.zeros((len(numbers), 1, 1))
-        none = blank[:, 0] > 0
-        return Inputs(blank, blank, none, none, [], 0, [clips[i]["text"] for i in numbers])
+        zeros = np.zeros((len(numbers), 1))
+        blank = AlignedEcg(zeros[:, None], zeros[:, 0], zeros > 0)
+        return Inputs(blank, blank, [], 0, [clips[i]["text"] for i in numbers])
     leads = [LEADS.index(clips.leads[k]) for k in picked]
     margin = ecg_margin(encoder)
     end = frames / fps + margin
-    own, own_disturbed = aligned_ecg(clips, numbers, picked, -margin, end)
-    other, other_disturbed = aligned_ecg(clips, donors, picked, -margin, end)
-    return Inputs(own, other, own_disturbed, other_disturbed, leads, margin, None)
+    own = aligned_ecg(clips, numbers, picked, -margin, end)
+    other = aligned_ecg(clips, donors, picked, -margin, end)
+    return Inputs(own, other, leads, margin, None)
 
 
 def generate_conditions(config, models, inputs, true, *, fps, seed, conditions):
@@ -344,10 +342,11 @@ def generate_conditions(config, models, inputs, true, *, fps, seed, conditions):
     tokenizer, _, generator = models
     device = next(generator.parameters()).device
     frames = true.shape[2]
-    instants = np.arange(inputs.own.shape[-1]) / ECG_HZ - inputs.margin             # N
+    own = inputs.own
+    instants = np.arange(own.ecg.shape[-1]) / ECG_HZ - inputs.margin                # N
     # What each condition changes. Under "own", and where a table lacks a name, nothing is changed.
-    ecg = {"flat": np.zeros_like(inputs.own), "swapped": inputs.other}
-    disturbed = {"flat": np.zeros_like(inputs.own_disturbed), "swapped": inputs.other_disturbed}
+    flat = own._replace(ecg=np.zeros_like(own.ecg), disturbed=np.zeros_like(own.disturbed))
+    ecgs = {"flat": flat, "swapped": inputs.other}
     start = {"shifted": SHIFT_S - inputs.margin}
     hidden = {"hidden": in_middle(instants, frames / fps)}
     seeds = {"again": seed + 1000}
@@ -359,9 +358,10 @@ def generate_conditions(config, models, inputs, true, *, fps, seed, conditions):
             videos[name] = whole_video(decode_again(tokenizer, true.to(device)))
             continue
         in_span = hidden.get(name, np.zeros(len(instants), bool))                   # N
+        given = ecgs.get(name, own)
         chunks = stream_video(
-            *models, ecg=ecg.get(name, inputs.own), leads=inputs.leads,
-            hidden=in_span | disturbed.get(name, inputs.own_disturbed),
+            *models, ecg=given.ecg, ecg_mv=given.mv, leads=inputs.leads,
+            hidden=in_span | given.disturbed,
             ecg_start=start.get(name, -inputs.margin), text=inputs.text, first=first,
             frames=frames, fps=fps, seed=seeds.get(name, seed), decoding=config)
         videos[name] = whole_video(chunks)
@@ -558,8 +558,8 @@ def draw_figure(config, device):
         chunks = [true]
         if title != TRUE:
             leads = [LEADS.index(name) for name in trace.leads]
-            chunks = stream_video(*models, ecg=trace.ecg[None], hidden=trace.disturbed,
-                                  leads=leads, ecg_start=trace.start, frames=frames, fps=fps,
+            chunks = stream_video(*models, ecg=trace.ecg[None], ecg_mv=[trace.mv],
+                                  hidden=trace.disturbed, leads=leads, ecg_start=trace.start, frames=frames, fps=fps,
                                   first=first, seed=config.seed, decoding=config)
         videos[title] = whole_video(chunks)[0]                                      # C T H W
 
@@ -583,9 +583,9 @@ def built_in(config, margin, many):
     # Each has another seed, heart rate and morphology.
     seconds = config.frames / FPS + 2 * margin
     traces = [make_ecg(config.seed + i, seconds, -margin) for i in range(many)]
-    ecg = np.stack([clean_ecg(trace.ecg.T) for trace in traces])                    # B L N
-    arguments = dict(ecg=ecg, leads=range(len(LEADS)), ecg_start=-margin, frames=config.frames,
-                     fps=FPS, seed=config.seed, decoding=config)
+    ecgs, mvs = zip(*[clean_ecg(trace.ecg.T) for trace in traces])
+    arguments = dict(ecg=np.stack(ecgs), ecg_mv=np.stack(mvs), leads=range(len(LEADS)),
+                     ecg_start=-margin, frames=config.frames, fps=FPS, seed=config.seed, decoding=config)
     return traces, arguments
 
 

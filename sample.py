@@ -66,6 +66,7 @@ class Trace(NamedTuple):
     """The ECG of one video, from before its first frame to after its last one."""
     raw: np.ndarray             # (L, N) mV at 250 Hz
     clean: np.ndarray           # (L, N), as the model sees it
+    mv: float                   # mV of one unit of it; 0 = unknown
     disturbed: np.ndarray       # (N,) bool: gaps and artefacts, which the model must not see
     leads: list                 # names of the L leads
     start: float                # time of sample 0, seconds of the video
@@ -118,7 +119,8 @@ def load_trace(config, margin, seed):
     if in_video.any():
         print(f"{config.ecg}: {in_video.sum() / ECG_HZ:.2f} s of the ECG are a gap or disturbed, "
               "and hidden from the model", file=sys.stderr)
-    return Trace(raw=ecg, clean=clean_ecg(ecg), disturbed=disturbed, leads=leads, start=start,
+    clean, mv = clean_ecg(ecg)
+    return Trace(raw=ecg, clean=clean, mv=mv, disturbed=disturbed, leads=leads, start=start,
                  r_peaks=start + find_r_peaks(ecg))
 
 
@@ -334,6 +336,7 @@ def sample_to_files(config, models, traces, *, first, seeds, paths):
     # Nothing runs yet: each window is sampled when the loop asks for it.
     chunks = stream_video(
         tokenizer, encoder, generator, ecg=np.stack([trace.clean for trace in traces]),
+        ecg_mv=np.array([trace.mv for trace in traces]),
         leads=[LEADS.index(name) for name in traces[0].leads], ecg_start=traces[0].start,
         frames=config.frames, fps=config.fps, decoding=model_config(config, DecodingConfig),
         first=first, seed=seeds, hidden=hidden, text=[config.text] * len(traces))

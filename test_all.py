@@ -1261,16 +1261,18 @@ def test_r_peaks(hr, leads):
 def test_clean_ecg():
     """A flat lead blown up to noise of unit size, baseline wander left in, or beats lost to exact zeros."""
     beats = make_ecg(0, 10, noise=0).ecg[:, 1]
-    clean = clean_ecg(np.stack([beats, beats + np.sin(1.2 * np.arange(2500) / 250)]))
+    clean, _ = clean_ecg(np.stack([beats, beats + np.sin(1.2 * np.arange(2500) / 250)]))
     assert abs(clean.std() - 1) < 1e-3 and np.corrcoef(clean)[0, 1] > 0.98
-    assert clean_ecg(1e-3 * np.random.default_rng(0).standard_normal((1, 2500))).std() < 0.1
+    (doubled, mv), half = clean_ecg(2 * beats[None]), clean_ecg(beats[None])[1]
+    assert np.allclose(doubled, clean_ecg(beats[None])[0], atol=1e-5) and np.isclose(mv, 2 * half)
+    assert clean_ecg(1e-3 * np.random.default_rng(0).standard_normal((1, 2500)))[0].std() < 0.1
     assert np.allclose(find_r_peaks(crop_or_pad(clean, -400, 3300)) - 1.6, find_r_peaks(clean))
 
 
 def test_redrawn_ecg_keeps_its_beats():
     """An augmentation that moves or hides the QRS complex: the generator would learn a wrong delay."""
     e = make_ecg(0, 20, hr=70)
-    clean, beats = clean_ecg(e.ecg.T[1:2]), (e.r_peaks[1:-1, None] * 250 + np.arange(-75, 76)).astype(int)
+    clean, beats = clean_ecg(e.ecg.T[1:2])[0], (e.r_peaks[1:-1, None] * 250 + np.arange(-75, 76)).astype(int)
     for seed in range(40):
         x = augment_recorder_filter(clean, np.random.default_rng(seed), p=1)
         steepest = np.abs(np.gradient(x[0]))[beats].argmax(1) - 75
@@ -1572,7 +1574,7 @@ def test_a_disturbance_is_hidden_and_sets_no_scale():
     clean, ecg, r = burst()
     hidden = find_disturbed(ecg)
     assert hidden[250 * 8:250 * 11].all() and hidden.sum() < 250 * 3.6
-    seen, wanted = clean_ecg(ecg), clean_ecg(clean)
+    seen, wanted = clean_ecg(ecg)[0], clean_ecg(clean)[0]
     away = np.r_[0:250 * 7, 250 * 12:5000]
     assert np.abs(seen - wanted)[:, away].max() < 0.2 * wanted.max() and np.abs(seen).max() < 1.3 * wanted.max()
     pulse = clean.copy()
@@ -1581,7 +1583,7 @@ def test_a_disturbance_is_hidden_and_sets_no_scale():
     step[:, 1000:] += 4
     for x in (pulse, step):                    # a step leaves no trace after itself
         assert find_disturbed(x)[1000:1002].all() and find_disturbed(x).sum() < 75
-        assert np.abs(clean_ecg(x) - wanted)[:, 1100:].max() < 0.1 * wanted.max()
+        assert np.abs(clean_ecg(x)[0] - wanted)[:, 1100:].max() < 0.1 * wanted.max()
 
 
 def test_pacing_spikes_are_taken_out_and_hide_nothing():
@@ -1590,7 +1592,7 @@ def test_pacing_spikes_are_taken_out_and_hide_nothing():
     paced = e.ecg.T[1:2].copy()
     paced[:, ((e.r_peaks[e.r_peaks > 0.2] - 0.18) * 250).round().astype(int)] += 4
     assert not find_disturbed(paced).any()
-    assert np.abs(clean_ecg(paced) - clean_ecg(e.ecg.T[1:2])).max() < 0.3
+    assert np.abs(clean_ecg(paced)[0] - clean_ecg(e.ecg.T[1:2])[0]).max() < 0.3
     assert np.allclose(find_r_peaks(paced), find_r_peaks(e.ecg.T[1:2]), atol=0.01)
 
 
@@ -1598,17 +1600,17 @@ def test_gaps_in_a_signal():
     """NaN that reaches a filter (all becomes NaN), beats lost beside a gap, or a gap that is not hidden."""
     clean, ecg, r = burst()
     ecg[:, 2000:2750] = np.nan
-    hidden, cleaned = find_disturbed(ecg), clean_ecg(ecg)
+    hidden, (cleaned, _) = find_disturbed(ecg), clean_ecg(ecg)
     assert hidden[2000:2750].all() and hidden.sum() < 850 and np.isfinite(cleaned).all()
     found, far = find_r_peaks(ecg), r[(r < 7.8) | (r > 11.2)]
     assert all(np.abs(found - beat).min() < 0.03 for beat in far)
     assert abs(cleaned[:, ~hidden].std() - 1) < 0.01
     assert np.isnan(extend_periodic(ecg, -500, 6000)).any(0).sum() >= 750
     for x in (np.full((2, 300), np.nan), np.full((1, 100), np.nan), np.zeros((1, 20))):
-        assert len(find_r_peaks(x)) == 0 and np.isfinite(clean_ecg(x)).all()
+        assert len(find_r_peaks(x)) == 0 and np.isfinite(clean_ecg(x)[0]).all()
     ends = clean.copy()                         # gaps at both ends, of one lead alone
     ends[0, :500] = ends[1, -500:] = np.nan
-    assert find_disturbed(ends)[[0, 499, 4500, 4999]].all() and np.isfinite(clean_ecg(ends)).all()
+    assert find_disturbed(ends)[[0, 499, 4500, 4999]].all() and np.isfinite(clean_ecg(ends)[0]).all()
 
 
 @pytest.mark.parametrize("seconds", [0.4, 0.9, 3])
@@ -1642,7 +1644,7 @@ def test_training_hides_what_is_disturbed(tmp_path):
         hidden += item["ecg_disturbed"].float().mean().item() / 20
         anchors += (item["anchor_ecg"] == 0).all(0).any().item()
     assert 0.2 < hidden < 0.8 and anchors > 3
-    ecgs, disturbed = aligned_ecg(clips, [0], [0, 1], 0, 4)
+    ecgs, _, disturbed = aligned_ecg(clips, [0], [0, 1], 0, 4)
     assert ecgs.shape == (1, 2, 1000) and disturbed.shape == (1, 1000) and disturbed[0, 250:750].all()
 
 

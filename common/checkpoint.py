@@ -18,6 +18,8 @@ RENAMED_KEYS = {
     "order": "temporal_position",
     "order_anchor": "anchor_position",
 }
+# Parameters that older checkpoints lack. They start at zero, so that nothing changes without them.
+NEW_KEYS = ("local_mv.weight",)
 
 
 def current_commit():
@@ -110,6 +112,9 @@ def load_weights(folder, stage, model_class, config_class, expected=None):
         check_same(path, config, expected)
 
     model = model_class(config)
+    for key, value in model.state_dict().items():
+        if key.endswith(NEW_KEYS):
+            state.setdefault(key, value)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -328,6 +328,7 @@ class RandomWindows(Dataset):
     with ecg_samples > 0 also:
         ecg (L, ecg_samples)     cleaned, centred on the window
         leads (L,)               indices into LEADS
+        ecg_mv                   mV of one unit of this ECG
         ecg_start                seconds of ECG sample 0 after the window's first frame
         ecg_disturbed (ecg_samples,)    True = the model must not see it, if there is find_disturbed
     with anchor_seconds:
@@ -344,7 +345,7 @@ class RandomWindows(Dataset):
     frames: int                             # T, frames of a window
     _: KW_ONLY
     ecg_samples: int = 0                    # samples of a window's ECG; 0 = items without an ECG
-    clean: Callable | None = None           # clean(ecg in mV) -> ecg as the model reads it
+    clean: Callable | None = None           # clean(ecg in mV) -> ecg as the model reads it, its mV
     find_disturbed: Callable | None = None  # find_disturbed(ecg in mV) -> bool (N,)
     group: int = 1                          # items of a step's batch over all processes
     seed: int = 0
@@ -459,7 +460,7 @@ class RandomWindows(Dataset):
         if leads is None:
             leads = self.random_leads(n)
         raw = self.clips.ecg(window.clip, leads)
-        ecg = self.clean(raw)                                                              # L N
+        ecg, mv = self.clean(raw)                                                          # L N
         if self.augment_ecg:
             ecg = self.augment_ecg(ecg, rng)
 
@@ -471,6 +472,7 @@ class RandomWindows(Dataset):
         items = {
             "ecg": torch.from_numpy(crop_or_pad(ecg, first, self.ecg_samples)),
             "leads": torch.tensor([LEADS.index(self.clips.leads[k]) for k in leads]),
+            "ecg_mv": mv,
             "ecg_start": offset + first / ECG_HZ - window.start / fps,
         }
         if self.find_disturbed:

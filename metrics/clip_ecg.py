@@ -1,5 +1,6 @@
 """The ECG of a set's clips on the time axis of their videos; for evaluate.py."""
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,17 +26,24 @@ def pick_leads(clips, names):
     return [clips.leads.index(name) for name in names]
 
 
-def aligned_ecg(clips, numbers, leads, start, end):
-    """ECGs from `start` to `end` seconds after the first frame of each clip.
+class AlignedEcg(NamedTuple):
+    """The ECGs of B clips in one span of time."""
+    ecg: np.ndarray         # (B, L, N), cleaned
+    mv: np.ndarray          # (B,), mV of one unit of them
+    disturbed: np.ndarray   # (B, N) bool: what the model must not see
 
-    -> cleaned (B, L, N); what the model must not see of them, bool (B, N).
-    """
+
+def aligned_ecg(clips, numbers, leads, start, end):
+    """AlignedEcg from `start` to `end` seconds after the first frame of each clip."""
     samples = round((end - start) * ECG_HZ)
     ecgs = []
+    mvs = []
     disturbed = []
     for i in numbers:
         raw = clips.ecg(i, leads)                                                   # L n
         first = round((start - clips[i]["ecg_offset_s"]) * ECG_HZ)
-        ecgs.append(crop_or_pad(clean_ecg(raw), first, samples))
+        ecg, mv = clean_ecg(raw)
+        ecgs.append(crop_or_pad(ecg, first, samples))
+        mvs.append(mv)
         disturbed.append(crop_or_pad(find_disturbed(raw), first, samples) > 0)
-    return np.stack(ecgs), np.stack(disturbed)
+    return AlignedEcg(np.stack(ecgs), np.stack(mvs), np.stack(disturbed))

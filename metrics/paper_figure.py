@@ -37,6 +37,7 @@ GIF_TITLES = {TRUE: "true video", OWN_ECG: "generated: its ECG",
 class Trace(NamedTuple):
     """An ECG under which a video is generated."""
     ecg: np.ndarray         # (L, N), cleaned
+    mv: float               # mV of one unit of it
     disturbed: np.ndarray   # (N,) bool: what the model must not see
     leads: list             # names of its leads
     start: float            # time of its sample 0, seconds after the first frame
@@ -57,12 +58,13 @@ def figure_traces(config, clips, i, *, seconds, margin):
     leads = [clips.leads[k] for k in picked]
     # A window at an end of the video sees the ECG beyond it: hence the margin on both sides.
     span = dict(leads=picked, start=-margin, end=seconds + margin)
-    (own,), (disturbed,) = aligned_ecg(clips, [i], **span)
+    (ecg,), (mv,), (disturbed,) = aligned_ecg(clips, [i], **span)
+    own = Trace(ecg, mv, disturbed, leads, -margin)
     traces = {
-        TRUE: Trace(own, disturbed, leads, -margin),
-        OWN_ECG: Trace(own, disturbed, leads, -margin),
-        FLAT: Trace(0 * own, np.zeros_like(disturbed), leads, -margin),
-        LATER: Trace(own, disturbed, leads, SHIFT_S - margin),
+        TRUE: own,
+        OWN_ECG: own,
+        FLAT: own._replace(ecg=0 * ecg, disturbed=np.zeros_like(disturbed)),
+        LATER: own._replace(start=SHIFT_S - margin),
     }
     # A recording of one's own has no true video. It is repeated where it is too short.
     if config.ecg:
@@ -70,12 +72,13 @@ def figure_traces(config, clips, i, *, seconds, margin):
         ecg, names = read_ecg(config.ecg, config.ecg_hz, names)
         samples = round((seconds + 2 * margin) * ECG_HZ)
         ecg = extend_periodic(ecg, -round(margin * ECG_HZ), samples)
-        traces[Path(config.ecg).stem] = Trace(clean_ecg(ecg), find_disturbed(ecg), names, -margin)
+        clean, mv = clean_ecg(ecg)
+        traces[Path(config.ecg).stem] = Trace(clean, mv, find_disturbed(ecg), names, -margin)
     # The next clip that the seed would choose lends its ECG to the last echo of the GIF.
     donors = [k for k in choose_clips(clips, 2, config.seed) if k != i]
     if donors:
-        (other,), (disturbed,) = aligned_ecg(clips, donors, **span)
-        traces[DONOR] = Trace(other, disturbed, leads, -margin)
+        (ecg,), (mv,), (disturbed,) = aligned_ecg(clips, donors, **span)
+        traces[DONOR] = Trace(ecg, mv, disturbed, leads, -margin)
     return traces
 
 
