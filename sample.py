@@ -46,6 +46,7 @@ class SampleConfig(DecodingConfig):
     ecg: str = ""               # ECG file; flat = no heart beat; empty = a built-in ECG, by --seed
     ecg_hz: float = 0           # sampling rate of an ECG file that does not say
     ecg_leads: str = ""         # its leads, such as II or I,V2; they win over the names in the file
+    ecg_in_mv: bool = True      # 0 = its scale is not known, as of a trace from a screen
     text: str = ""              # what to show, for a generator that was trained with text
     image: str = ""             # first frame: PNG, JPG, GIF or .npy
     frames: int = 64            # length of the video
@@ -74,15 +75,15 @@ class Trace(NamedTuple):
 
 
 def read_or_make_ecg(config, seconds, seed):
-    """The ECG that the flags ask for: (L, N) mV at 250 Hz and the names of its leads."""
+    """The ECG that the flags ask for: (L, N) at 250 Hz, the names of its leads, is it in mV?"""
     # Imported here, so that a run loads only the files that it needs.
     # No heart beat at all: the heart must stand still.
     if config.ecg == "flat":
-        return np.zeros((1, ECG_HZ)), ["I"]
+        return np.zeros((1, ECG_HZ)), ["I"], True
     if not config.ecg:
         from data.ecgsyn import make_ecg
         # At least 10 s, so that the ECG of a seed is the same for all short videos.
-        return make_ecg(seed, max(seconds, 10)).ecg.T, list(LEADS)
+        return make_ecg(seed, max(seconds, 10)).ecg.T, list(LEADS), True
     from data.ecg_files import read_ecg
     names = config.ecg_leads.split(",") if config.ecg_leads else ()
     # The flags are used where the file does not give its rate or its leads.
@@ -93,8 +94,8 @@ def load_trace(config, margin, seed):
     """The Trace of a video, with `margin` seconds of ECG before and after it."""
     seconds = config.frames / config.fps
     shift = config.shift_ms / 1000
-    # Millivolts; any leads from 1 to 12. The model takes what is there.
-    ecg, leads = read_or_make_ecg(config, seconds, seed)
+    # Any leads from 1 to 12: the model takes what is there.
+    ecg, leads, in_mv = read_or_make_ecg(config, seconds, seed)
 
     # A recording that ends before the video is repeated, from R peak to R peak.
     recorded = ecg.shape[1] / ECG_HZ
@@ -120,6 +121,8 @@ def load_trace(config, margin, seed):
         print(f"{config.ecg}: {in_video.sum() / ECG_HZ:.2f} s of the ECG are a gap or disturbed, "
               "and hidden from the model", file=sys.stderr)
     clean, mv = clean_ecg(ecg)
+    if not (in_mv and config.ecg_in_mv):
+        mv = 0
     return Trace(raw=ecg, clean=clean, mv=mv, disturbed=disturbed, leads=leads, start=start,
                  r_peaks=start + find_r_peaks(ecg))
 
@@ -402,11 +405,12 @@ def load_unet(config, tokenizer, condition, device):
     return load_segmenter(config.weights, tokenizer.config.channels).to(device)
 
 
-def write_meta(folder, config, tokenizer, leads):
+def write_meta(folder, config, tokenizer, trace):
     """meta.json of the prepared set of --masks."""
     c = tokenizer.config
     meta = dict(name="set", fps=config.fps, height=c.size, width=c.size, channels=c.channels,
-                leads=leads, ecg_hz=ECG_HZ, source="sample",
+                leads=trace.leads, ecg_hz=ECG_HZ, ecg_unit="mV" if trace.mv else "unknown",
+                source="sample",
                 command=" ".join(["sample.py", *sys.argv[1:]]))
     Path(folder, "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
@@ -433,7 +437,7 @@ def make_all(config, models, segmenter, traces, first, names):
                 dataset=dataset)
         if dataset:
             dataset.close()
-            write_meta(Path(part, "set"), config, models[0], traces[0].leads)
+            write_meta(Path(part, "set"), config, models[0], traces[0])
         report = reports[0]
         if config.num > 1:
             report = {"videos": reports}

@@ -1,6 +1,7 @@
 """The prepared data set and the random windows of it that a training sees. Every stage reads it.
 
-    NAME/meta.json          name, fps, height, width, channels, leads, ecg_hz, source, command
+    NAME/meta.json          name, fps, height, width, channels, leads, ecg_hz, source, command;
+                            "ecg_unit": "unknown" where the ECGs are not in mV
     NAME/SPLIT/clips.csv    one row a clip (COLUMNS below; unknown = empty)
     NAME/SPLIT/video.npy    uint8 (sum of frames, H, W, C)
     NAME/SPLIT/ecg.npy      float32 (sum of samples, L), mV at 250 Hz; optional
@@ -55,8 +56,9 @@ class Shard:
     at once. The lines stay text, and `row` reads one of them when its clip is asked for.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, meta):
         self.folder = folder
+        self.ecg_in_mv = meta.get("ecg_unit") != "unknown"
         self.read_table(folder / "clips.csv")
         self.arrays = {}
         for name in ARRAYS:
@@ -155,7 +157,7 @@ def open_set(folder, split):
     for path in sorted(folder.iterdir()):
         # "train" and "train-00003", but not "training"
         if re.fullmatch(rf"{re.escape(split)}(-\d+)?", path.name) and (path / "clips.csv").exists():
-            shards.append(Shard(path))
+            shards.append(Shard(path, meta))
     return meta, shards
 
 
@@ -232,6 +234,11 @@ class Clips:
         if frames is not None:
             many = min(frames, many)
         return shard.rows(name, shard.columns["start"][j] + start, many)
+
+    def ecg_in_mv(self, i):
+        """Whether the ECG of clip i is in millivolts; of some sets the unit is not known."""
+        shard, _ = self.locate(i)
+        return shard.ecg_in_mv
 
     def ecg(self, i, leads=None):
         """ECG of clip i, (L, N) float32 in mV; leads: indices into the set's leads, default all."""
@@ -328,7 +335,7 @@ class RandomWindows(Dataset):
     with ecg_samples > 0 also:
         ecg (L, ecg_samples)     cleaned, centred on the window
         leads (L,)               indices into LEADS
-        ecg_mv                   mV of one unit of this ECG
+        ecg_mv                   mV of one unit of this ECG; 0 = unknown
         ecg_start                seconds of ECG sample 0 after the window's first frame
         ecg_disturbed (ecg_samples,)    True = the model must not see it, if there is find_disturbed
     with anchor_seconds:
@@ -472,7 +479,7 @@ class RandomWindows(Dataset):
         items = {
             "ecg": torch.from_numpy(crop_or_pad(ecg, first, self.ecg_samples)),
             "leads": torch.tensor([LEADS.index(self.clips.leads[k]) for k in leads]),
-            "ecg_mv": mv,
+            "ecg_mv": mv * self.clips.ecg_in_mv(window.clip),
             "ecg_start": offset + first / ECG_HZ - window.start / fps,
         }
         if self.find_disturbed:

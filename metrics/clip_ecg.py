@@ -29,7 +29,7 @@ def pick_leads(clips, names):
 class AlignedEcg(NamedTuple):
     """The ECGs of B clips in one span of time."""
     ecg: np.ndarray         # (B, L, N), cleaned
-    mv: np.ndarray          # (B,), mV of one unit of them
+    mv: np.ndarray          # (B,), mV of one unit of them; 0 = unknown
     disturbed: np.ndarray   # (B, N) bool: what the model must not see
 
 
@@ -44,6 +44,6 @@ def aligned_ecg(clips, numbers, leads, start, end):
         first = round((start - clips[i]["ecg_offset_s"]) * ECG_HZ)
         ecg, mv = clean_ecg(raw)
         ecgs.append(crop_or_pad(ecg, first, samples))
-        mvs.append(mv)
+        mvs.append(mv * clips.ecg_in_mv(i))
         disturbed.append(crop_or_pad(find_disturbed(raw), first, samples) > 0)
     return AlignedEcg(np.stack(ecgs), np.stack(mvs), np.stack(disturbed))

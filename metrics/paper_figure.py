@@ -69,11 +69,12 @@ def figure_traces(config, clips, i, *, seconds, margin):
     # A recording of one's own has no true video. It is repeated where it is too short.
     if config.ecg:
         names = config.ecg_leads.split(",") if config.ecg_leads else ()
-        ecg, names = read_ecg(config.ecg, config.ecg_hz, names)
+        ecg, names, in_mv = read_ecg(config.ecg, config.ecg_hz, names)
         samples = round((seconds + 2 * margin) * ECG_HZ)
         ecg = extend_periodic(ecg, -round(margin * ECG_HZ), samples)
         clean, mv = clean_ecg(ecg)
-        traces[Path(config.ecg).stem] = Trace(clean, mv, find_disturbed(ecg), names, -margin)
+        traces[Path(config.ecg).stem] = Trace(clean, mv * in_mv, find_disturbed(ecg), names,
+                                              -margin)
     # The next clip that the seed would choose lends its ECG to the last echo of the GIF.
     donors = [k for k in choose_clips(clips, 2, config.seed) if k != i]
     if donors:

@@ -110,7 +110,8 @@ def find_pairs(src):
 def read_file_ecg(path, config):
     """The ECG (L, N) of a file, mV at 250 Hz, and its leads."""
     names = config.ecg_leads.split(",") if config.ecg_leads else ()
-    return read_ecg(path, config.ecg_hz, names)
+    ecg, leads, _ = read_ecg(path, config.ecg_hz, names)
+    return ecg, leads
 
 
 def first_leads(config):
@@ -252,6 +253,8 @@ def main():
                 height=config.size, width=config.size, channels=config.channels, leads=leads,
                 source="video_ecg_folder",
                 command=" ".join(["sources.video_ecg_folder", *sys.argv[1:]]))
+    if config.ecg == "screen":
+        meta["ecg_unit"] = "unknown"
     prepare(config.out, meta, jobs, partial(make_clip, config=config), config.workers)
 
 
