@@ -70,6 +70,7 @@ class EvalConfig(DecodingConfig):
     ecg: str = ""                   # figure: a recording for the last row of the PNG
     ecg_hz: float = 0               # its samples a second, where the file does not say
     ecg_leads: str = ""             # its leads, such as II or I,V2; they win over the file's
+    ecg_in_mv: bool = True          # 0 = its scale is not known, as with a trace off a screen
     inception: str = ""             # generation: NVIDIA's TorchScript detector for FID and KID
     i3d: str = ""                   # the same for FVD
     vgg: str = ""                   # the same for LPIPS
@@ -559,8 +560,9 @@ def draw_figure(config, device):
         if title != TRUE:
             leads = [LEADS.index(name) for name in trace.leads]
             chunks = stream_video(*models, ecg=trace.ecg[None], ecg_mv=[trace.mv],
-                                  hidden=trace.disturbed, leads=leads, ecg_start=trace.start, frames=frames, fps=fps,
-                                  first=first, seed=config.seed, decoding=config)
+                                  hidden=trace.disturbed, leads=leads,
+                                  ecg_start=trace.start, frames=frames, fps=fps, first=first,
+                                  seed=config.seed, decoding=config)
         videos[title] = whole_video(chunks)[0]                                      # C T H W
 
     out = Path(config.out)
@@ -585,7 +587,8 @@ def built_in(config, margin, many):
     traces = [make_ecg(config.seed + i, seconds, -margin) for i in range(many)]
     ecgs, mvs = zip(*[clean_ecg(trace.ecg.T) for trace in traces])
     arguments = dict(ecg=np.stack(ecgs), ecg_mv=np.stack(mvs), leads=range(len(LEADS)),
-                     ecg_start=-margin, frames=config.frames, fps=FPS, seed=config.seed, decoding=config)
+                     ecg_start=-margin, frames=config.frames, fps=FPS, seed=config.seed,
+                     decoding=config)
     return traces, arguments
 
 

@@ -166,7 +166,7 @@ class Condition(NamedTuple):
     z_hidden: torch.Tensor      # (B, L n), some sample of the patch is hidden
 
     # for the local ECG: the samples themselves
-    ecg: torch.Tensor           # (B, L, samples), cleaned: their standard deviation is 1
+    ecg: torch.Tensor           # (B, L, samples), cleaned
     ecg_mv: torch.Tensor        # (B,), mV of one unit of them; 0 = unknown
     leads: torch.Tensor         # (L,), indices into LEADS
     ecg_start: torch.Tensor     # (B,), time of ecg sample 0
@@ -185,7 +185,8 @@ def null_condition(config, *, fps, anchor):
     return Condition(
         fps=fps, drop=torch.ones_like(zeros[:, 0], dtype=torch.bool),
         z=zeros[..., None].expand(-1, 1, config.ecg_dim), z_time=zeros, z_hidden=zeros > 0,
-        ecg=zeros[..., None], ecg_mv=zeros[:, 0], leads=zeros[0].long(), ecg_start=zeros[:, 0], ecg_hidden=zeros > 0,
+        ecg=zeros[..., None], ecg_mv=zeros[:, 0], leads=zeros[0].long(), ecg_start=zeros[:, 0],
+        ecg_hidden=zeros > 0,
         anchor=anchor, anchor_ecg=zeros[..., None])
 
 
@@ -224,8 +225,8 @@ def build_condition(config, encoder, *, fps, ecg=None, leads=None, ecg_mv=None, 
     """The Condition of B clips for a generator of this config.
 
     fps (B,). condition=ecg: ecg (B, L, samples) cleaned, leads (L,), ecg_start (B,) seconds, and
-    perhaps ecg_mv (B,) mV of one unit of ecg, ecg_hidden (B, samples) bool. condition=text: text, B lines. drop (B,) bool: these
-    clips get the null context. anchor (B, h, w) tokens of a frame of the video, anchor_ecg (B, L,
+    perhaps ecg_mv (B,) mV of one unit of ecg, ecg_hidden (B, samples) bool. condition=text: text,
+    B lines. drop (B,) bool: these clips get the null context. anchor (B, h, w) tokens of a frame of the video, anchor_ecg (B, L,
     local samples) around it.
     """
     if anchor is None:
@@ -239,7 +240,7 @@ def build_condition(config, encoder, *, fps, ecg=None, leads=None, ecg_mv=None, 
     if ecg_hidden is None:
         ecg_hidden = torch.zeros_like(ecg[:, 0], dtype=torch.bool)
     if ecg_mv is None:
-        ecg_mv = torch.zeros_like(fps)
+        ecg_mv = torch.zeros_like(ecg[:, 0, 0])
     return ecg_condition(encoder, ecg, leads, ecg_mv=ecg_mv, ecg_start=ecg_start,
                          ecg_hidden=ecg_hidden, fps=fps, drop=drop, anchor=anchor,
                          anchor_ecg=anchor_ecg)
@@ -449,7 +450,7 @@ class Trunk(nn.Module):
         hidden = F.pad(hidden, (0, 0, 1, 0))                                    # B 1 1+T' W
 
         # Each lead is projected under its own lead embedding, then the leads are averaged. The
-        # samples count twice, standardised and in mV: a failing heart has small and wide waves.
+        # samples are read twice, standardised and in mV: low waves are a sign of a failing heart.
         mv = samples * (cond.ecg_mv / USUAL_MV)[:, None, None, None]            # B L 1+T' W
         local = self.local_in(samples) + self.local_mv(mv)                      # B L 1+T' D
         leads = self.local_lead(cond.leads)[:, None]                                    # L 1 D
@@ -864,9 +865,10 @@ def stream_video(tokenizer, encoder, generator, *, ecg, leads, ecg_start, frames
     """Progressive sampling: yields chunks (B, C, n, H, W) in [0, 1], `frames` frames in all.
 
     ecg (B, L, N) cleaned, numpy, its sample 0 at ecg_start seconds; leads (L,); ecg_mv (B,) mV of
-    one unit of ecg, 0 or None = unknown; decoding, a DecodingConfig; first (B, C, 1, H, W) or None; hidden (N,) or (B, N) bool or None, samples to
-    hide; text: B lines, for a text generator; encoder None for a generator of video alone. seed: a
-    number, or one for each video: then each is as if it were made alone.
+    one unit of ecg, 0 or None = unknown; decoding, a DecodingConfig; first (B, C, 1, H, W) or None;
+    hidden (N,) or (B, N) bool or None, samples to hide; text: B lines, for a text generator;
+    encoder None for a generator of video alone. seed: a number, or one for each video: then each
+    is as if it were made alone.
 
     Each window knows the last `overlap` frames of the one before, the ECG of its own time span, and
     the video's first frame as its anchor. Memory does not grow with the length.

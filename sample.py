@@ -46,7 +46,7 @@ class SampleConfig(DecodingConfig):
     ecg: str = ""               # ECG file; flat = no heart beat; empty = a built-in ECG, by --seed
     ecg_hz: float = 0           # sampling rate of an ECG file that does not say
     ecg_leads: str = ""         # its leads, such as II or I,V2; they win over the names in the file
-    ecg_in_mv: bool = True      # 0 = its scale is not known, as of a trace from a screen
+    ecg_in_mv: bool = True      # 0 = its scale is not known, as with a trace off a screen
     text: str = ""              # what to show, for a generator that was trained with text
     image: str = ""             # first frame: PNG, JPG, GIF or .npy
     frames: int = 64            # length of the video
@@ -65,7 +65,7 @@ class SampleConfig(DecodingConfig):
 
 class Trace(NamedTuple):
     """The ECG of one video, from before its first frame to after its last one."""
-    raw: np.ndarray             # (L, N) mV at 250 Hz
+    raw: np.ndarray             # (L, N) at 250 Hz, in mV where the unit is known
     clean: np.ndarray           # (L, N), as the model sees it
     mv: float                   # mV of one unit of it; 0 = unknown
     disturbed: np.ndarray       # (N,) bool: gaps and artefacts, which the model must not see
@@ -75,7 +75,7 @@ class Trace(NamedTuple):
 
 
 def read_or_make_ecg(config, seconds, seed):
-    """The ECG that the flags ask for: (L, N) at 250 Hz, the names of its leads, is it in mV?"""
+    """The ECG that the flags ask for: (L, N) at 250 Hz, its leads, and whether it is in mV."""
     # Imported here, so that a run loads only the files that it needs.
     # No heart beat at all: the heart must stand still.
     if config.ecg == "flat":
@@ -188,11 +188,6 @@ def check_files(config, names):
 
 # ---------------------------------------------------------------- what comes out
 
-def strip_lead(leads):
-    """Which lead the strip shows: II, where P waves and QRS are tall, else the first one."""
-    return leads.index("II") if "II" in leads else 0
-
-
 class VideoFiles:
     """PATH.npy, .gif and .mp4, written frame by frame. trace None: there is no ECG to draw."""
 
@@ -206,10 +201,9 @@ class VideoFiles:
         self.grey = tokenizer_config.channels == 1 and trace is not None
         self.frame = 0              # frames written so far
         if trace is not None:
-            # The strip shows what the model sees: the cleaned ECG, flat where it is hidden.
-            lead = trace.clean[strip_lead(trace.leads)]
-            self.times = trace.start + np.arange(len(lead)) / ECG_HZ
-            self.curve = strip_curve(np.where(hidden, 0, lead), STRIP_HEIGHT)
+            # The strip shows the cleaned ECG, as the model sees it.
+            self.times = trace.start + np.arange(len(hidden)) / ECG_HZ
+            self.curve = strip_curve(trace.clean, trace.leads, hidden, STRIP_HEIGHT)
 
         # All files are closed together, also where an error comes between.
         self.files = ExitStack()
@@ -321,7 +315,7 @@ def add_to_set(dataset, name, *, fps, path, masks, trace, metrics):
     text = "A4C view, no heartbeat"
     if ef:
         text = f"A4C view, EF {ef:.0f}"
-    # The ECG is stored as recorded, in millivolts: who reads the set cleans it again.
+    # The ECG is stored as recorded: who reads the set cleans it again.
     dataset.add(id=name, fps=fps, video=np.load(f"{path}.npy"), mask=masks, ecg=trace.raw.T,
                 ecg_offset_s=trace.start, r_peaks_s=metrics["r_peaks_s"], view="A4C",
                 ef=ef or "", text=text)
@@ -390,7 +384,7 @@ def make_videos(config, models, segmenter, traces, *, first, seeds, paths, datas
     for trace, seed, path in zip(traces, seeds, paths):
         began = time.time()
         metrics = measure_video(config, segmenter, trace, path=path, dataset=dataset)
-        about = {"name": path.name, "seed": seed, "leads": trace.leads,
+        about = {"name": path.name, "seed": seed, "leads": trace.leads, "ecg_in_mv": trace.mv > 0,
                  "seconds": round(seconds + time.time() - began, 2), "ecg": ecg, "device": device}
         reports.append(asdict(config) | metrics | about)
     return reports

@@ -225,5 +225,9 @@ def load_state(path, parts, saved):
         try:
             part.load_state_dict(state)
         except (RuntimeError, ValueError, KeyError):
+            lacks = [key for key in part.state_dict() if key.endswith(NEW_KEYS)]
+            if name == "model" and lacks and lacks[0] not in state:
+                raise UserError(f"{path} was saved by an older version, whose model is smaller: "
+                                "start a new training, with --init_from") from None
             raise UserError(f"{path} was saved by a training with other flags: its {name} has "
                             "other sizes") from None

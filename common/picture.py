@@ -66,8 +66,14 @@ def load_image(path, size, channels):
 
 # ---------------------------------------------------------------------------- the ECG strip
 
-def strip_curve(lead, height):
-    """Row of a strip, counted from its top, of each sample of an ECG lead (N,)."""
+def strip_curve(ecg, leads, hidden, height):
+    """An ECG (L, N) -> the row of the strip, from its top, for each sample.
+
+    Lead II is drawn, where P waves and QRS are tall, or else the first of `leads`. The curve is
+    flat where hidden (N,) is True: the model does not see the ECG there.
+    """
+    shown = leads.index("II") if "II" in leads else 0
+    lead = np.where(hidden, 0, ecg[shown])
     # quantiles, so that one artefact does not flatten all beats
     low, high = np.quantile(lead, [0.001, 0.999])
     share = np.clip((lead - low) / max(high - low, 1e-6), 0, 1)

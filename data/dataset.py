@@ -241,7 +241,7 @@ class Clips:
         return shard.ecg_in_mv
 
     def ecg(self, i, leads=None):
-        """ECG of clip i, (L, N) float32 in mV; leads: indices into the set's leads, default all."""
+        """ECG of clip i, (L, N) float32; leads: indices into the set's leads, default all."""
         shard, j = self.locate(i)
         first = shard.columns["ecg_start"][j]
         ecg = shard.rows("ecg", first, shard.columns["ecg_samples"][j]).T                  # L N
@@ -352,7 +352,7 @@ class RandomWindows(Dataset):
     frames: int                             # T, frames of a window
     _: KW_ONLY
     ecg_samples: int = 0                    # samples of a window's ECG; 0 = items without an ECG
-    clean: Callable | None = None           # clean(ecg in mV) -> ecg as the model reads it, its mV
+    clean: Callable | None = None           # clean(ecg in mV) -> cleaned ecg, mV of one unit of it
     find_disturbed: Callable | None = None  # find_disturbed(ecg in mV) -> bool (N,)
     group: int = 1                          # items of a step's batch over all processes
     seed: int = 0

@@ -27,8 +27,8 @@ STRETCH = 2 * ECG_HZ        # samples of 2 s, which hold a beat or more
 
 
 def clean_ecg(ecg):
-    """ecg (L, N) mV -> (L, N) float32: 0.67 to 40 Hz, mean 0, standard deviation 1; and this
-    deviation in mV, a number, by which one goes back to millivolts.
+    """ecg (L, N) mV -> (L, N) float32: 0.67 to 40 Hz, mean 0, standard deviation 1; and the mV of
+    one unit of it, which is this deviation or FLAT_MV, if that is more.
 
     Mean and deviation are taken over leads and time together, so that leads keep their proportions.
     What is disturbed becomes level, and it does not count for mean and deviation.

@@ -37,18 +37,16 @@ GIF_TITLES = {TRUE: "true video", OWN_ECG: "generated: its ECG",
 class Trace(NamedTuple):
     """An ECG under which a video is generated."""
     ecg: np.ndarray         # (L, N), cleaned
-    mv: float               # mV of one unit of it
+    mv: float               # mV of one unit of it; 0 = unknown
     disturbed: np.ndarray   # (N,) bool: what the model must not see
     leads: list             # names of its leads
     start: float            # time of its sample 0, seconds after the first frame
 
     def strip(self, now, seconds, width):
         """Its lead II, or first lead, with a cursor at `now` seconds: uint8 (STRIP, width, 3)."""
-        lead = self.ecg[self.leads.index("II") if "II" in self.leads else 0]
-        instants = self.start + np.arange(len(lead)) / ECG_HZ
+        instants = self.start + np.arange(self.ecg.shape[1]) / ECG_HZ
         r_peaks = self.start + find_r_peaks(self.ecg)
-        # As the model sees it: flat where it is hidden.
-        curve = strip_curve(np.where(self.disturbed, 0, lead), STRIP)
+        curve = strip_curve(self.ecg, self.leads, self.disturbed, STRIP)
         return draw_strip(now, seconds, instants, curve, r_peaks, STRIP, width)
 
 
@@ -73,8 +71,8 @@ def figure_traces(config, clips, i, *, seconds, margin):
         samples = round((seconds + 2 * margin) * ECG_HZ)
         ecg = extend_periodic(ecg, -round(margin * ECG_HZ), samples)
         clean, mv = clean_ecg(ecg)
-        traces[Path(config.ecg).stem] = Trace(clean, mv * in_mv, find_disturbed(ecg), names,
-                                              -margin)
+        mv = mv * (in_mv and config.ecg_in_mv)
+        traces[Path(config.ecg).stem] = Trace(clean, mv, find_disturbed(ecg), names, -margin)
     # The next clip that the seed would choose lends its ECG to the last echo of the GIF.
     donors = [k for k in choose_clips(clips, 2, config.seed) if k != i]
     if donors:

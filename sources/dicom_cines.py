@@ -178,7 +178,8 @@ def read_waveform(path, header, leads, seconds):
 
     UserError where it lacks one of the leads, or does not last all the `seconds` of the cine.
     """
-    ecg, has, _ = read_ecg(path)                                        # L N
+    ecg, has, in_mv = read_ecg(path)                                    # L N
+    refuse(not in_mv, path, "the unit of its ECG is not known")
     missing = set(leads) - set(has)
     refuse(missing, path, f"its ECG has {' '.join(has)}, not {' '.join(leads)}")
     start = float(header.WaveformSequence[0].get("MultiplexGroupTimeOffset") or 0) / 1000
