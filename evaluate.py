@@ -70,7 +70,6 @@ class EvalConfig(DecodingConfig):
     ecg: str = ""                   # figure: a recording for the last row of the PNG
     ecg_hz: float = 0               # its samples a second, where the file does not say
     ecg_leads: str = ""             # its leads, such as II or I,V2; they win over the file's
-    ecg_in_mv: bool = True          # 0 = its scale is not known, as with a trace off a screen
     inception: str = ""             # generation: NVIDIA's TorchScript detector for FID and KID
     i3d: str = ""                   # the same for FVD
     vgg: str = ""                   # the same for LPIPS
@@ -325,7 +324,7 @@ def read_inputs(clips, group, encoder, picked):
     # A text generator has no ECG. A blank one gives stream_video the batch size.
     if encoder is None:
         zeros = np.zeros((len(numbers), 1))
-        blank = AlignedEcg(zeros[:, None], zeros[:, 0], zeros > 0)
+        blank = AlignedEcg(zeros[:, None], zeros > 0)
         return Inputs(blank, blank, [], 0, [clips[i]["text"] for i in numbers])
     leads = [LEADS.index(clips.leads[k]) for k in picked]
     margin = ecg_margin(encoder)
@@ -346,7 +345,7 @@ def generate_conditions(config, models, inputs, true, *, fps, seed, conditions):
     own = inputs.own
     instants = np.arange(own.ecg.shape[-1]) / ECG_HZ - inputs.margin                # N
     # What each condition changes. Under "own", and where a table lacks a name, nothing is changed.
-    flat = own._replace(ecg=np.zeros_like(own.ecg), disturbed=np.zeros_like(own.disturbed))
+    flat = AlignedEcg(np.zeros_like(own.ecg), np.zeros_like(own.disturbed))
     ecgs = {"flat": flat, "swapped": inputs.other}
     start = {"shifted": SHIFT_S - inputs.margin}
     hidden = {"hidden": in_middle(instants, frames / fps)}
@@ -361,8 +360,7 @@ def generate_conditions(config, models, inputs, true, *, fps, seed, conditions):
         in_span = hidden.get(name, np.zeros(len(instants), bool))                   # N
         given = ecgs.get(name, own)
         chunks = stream_video(
-            *models, ecg=given.ecg, ecg_mv=given.mv, leads=inputs.leads,
-            hidden=in_span | given.disturbed,
+            *models, ecg=given.ecg, leads=inputs.leads, hidden=in_span | given.disturbed,
             ecg_start=start.get(name, -inputs.margin), text=inputs.text, first=first,
             frames=frames, fps=fps, seed=seeds.get(name, seed), decoding=config)
         videos[name] = whole_video(chunks)
@@ -559,10 +557,9 @@ def draw_figure(config, device):
         chunks = [true]
         if title != TRUE:
             leads = [LEADS.index(name) for name in trace.leads]
-            chunks = stream_video(*models, ecg=trace.ecg[None], ecg_mv=[trace.mv],
-                                  hidden=trace.disturbed, leads=leads,
-                                  ecg_start=trace.start, frames=frames, fps=fps, first=first,
-                                  seed=config.seed, decoding=config)
+            chunks = stream_video(*models, ecg=trace.ecg[None], hidden=trace.disturbed,
+                                  leads=leads, ecg_start=trace.start, frames=frames, fps=fps,
+                                  first=first, seed=config.seed, decoding=config)
         videos[title] = whole_video(chunks)[0]                                      # C T H W
 
     out = Path(config.out)
@@ -585,10 +582,9 @@ def built_in(config, margin, many):
     # Each has another seed, heart rate and morphology.
     seconds = config.frames / FPS + 2 * margin
     traces = [make_ecg(config.seed + i, seconds, -margin) for i in range(many)]
-    ecgs, mvs = zip(*[clean_ecg(trace.ecg.T) for trace in traces])
-    arguments = dict(ecg=np.stack(ecgs), ecg_mv=np.stack(mvs), leads=range(len(LEADS)),
-                     ecg_start=-margin, frames=config.frames, fps=FPS, seed=config.seed,
-                     decoding=config)
+    ecg = np.stack([clean_ecg(trace.ecg.T) for trace in traces])                    # B L N
+    arguments = dict(ecg=ecg, leads=range(len(LEADS)), ecg_start=-margin, frames=config.frames,
+                     fps=FPS, seed=config.seed, decoding=config)
     return traces, arguments
 
 

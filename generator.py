@@ -36,7 +36,6 @@ from tokenizer import (Block, Rotary, Tokenizer, TokenizerConfig, index_to_bits,
                        rotary_angles)
 
 TIME_UNIT = 0.04        # seconds; the rotary periods run from 2 to 200 of it, 80 ms to 8 s
-USUAL_MV = 0.2          # mV, the standard deviation of a usual ECG
 
 
 @dataclass
@@ -167,7 +166,6 @@ class Condition(NamedTuple):
 
     # for the local ECG: the samples themselves
     ecg: torch.Tensor           # (B, L, samples), cleaned
-    ecg_mv: torch.Tensor        # (B,), mV of one unit of them; 0 = unknown
     leads: torch.Tensor         # (L,), indices into LEADS
     ecg_start: torch.Tensor     # (B,), time of ecg sample 0
     ecg_hidden: torch.Tensor    # (B, samples)
@@ -185,8 +183,7 @@ def null_condition(config, *, fps, anchor):
     return Condition(
         fps=fps, drop=torch.ones_like(zeros[:, 0], dtype=torch.bool),
         z=zeros[..., None].expand(-1, 1, config.ecg_dim), z_time=zeros, z_hidden=zeros > 0,
-        ecg=zeros[..., None], ecg_mv=zeros[:, 0], leads=zeros[0].long(), ecg_start=zeros[:, 0],
-        ecg_hidden=zeros > 0,
+        ecg=zeros[..., None], leads=zeros[0].long(), ecg_start=zeros[:, 0], ecg_hidden=zeros > 0,
         anchor=anchor, anchor_ecg=zeros[..., None])
 
 
@@ -199,8 +196,7 @@ def text_condition(config, encoder, text, *, fps, drop, anchor):
     return null._replace(z=z, z_time=0 * z[..., 0], z_hidden=is_padding, drop=drop)
 
 
-def ecg_condition(encoder, ecg, leads, *, ecg_mv, ecg_start, ecg_hidden, fps, drop, anchor,
-                  anchor_ecg):
+def ecg_condition(encoder, ecg, leads, *, ecg_start, ecg_hidden, fps, drop, anchor, anchor_ecg):
     """An ECG (B, L, samples), encoded, with the time of each of its patches."""
     # A hidden sample must not reach the tokens by either way.
     ecg = ecg.masked_fill(ecg_hidden[:, None], 0)
@@ -216,17 +212,17 @@ def ecg_condition(encoder, ecg, leads, *, ecg_mv, ecg_start, ecg_hidden, fps, dr
         anchor_ecg = 0 * ecg[..., :1]
     return Condition(
         fps=fps, drop=drop, z=z.flatten(1, 2), z_time=z_time, z_hidden=z_hidden,
-        ecg=ecg, ecg_mv=ecg_mv, leads=leads, ecg_start=ecg_start, ecg_hidden=ecg_hidden,
+        ecg=ecg, leads=leads, ecg_start=ecg_start, ecg_hidden=ecg_hidden,
         anchor=anchor, anchor_ecg=anchor_ecg)
 
 
-def build_condition(config, encoder, *, fps, ecg=None, leads=None, ecg_mv=None, ecg_start=None,
-                    text=None, drop=None, ecg_hidden=None, anchor=None, anchor_ecg=None):
+def build_condition(config, encoder, *, fps, ecg=None, leads=None, ecg_start=None, text=None,
+                    drop=None, ecg_hidden=None, anchor=None, anchor_ecg=None):
     """The Condition of B clips for a generator of this config.
 
     fps (B,). condition=ecg: ecg (B, L, samples) cleaned, leads (L,), ecg_start (B,) seconds, and
-    perhaps ecg_mv (B,) mV of one unit of ecg, ecg_hidden (B, samples) bool. condition=text: text,
-    B lines. drop (B,) bool: these clips get the null context. anchor (B, h, w) tokens of a frame of the video, anchor_ecg (B, L,
+    perhaps ecg_hidden (B, samples) bool. condition=text: text, B lines. drop (B,) bool: these
+    clips get the null context. anchor (B, h, w) tokens of a frame of the video, anchor_ecg (B, L,
     local samples) around it.
     """
     if anchor is None:
@@ -239,11 +235,8 @@ def build_condition(config, encoder, *, fps, ecg=None, leads=None, ecg_mv=None, 
         return text_condition(config, encoder, text, fps=fps, drop=drop, anchor=anchor)
     if ecg_hidden is None:
         ecg_hidden = torch.zeros_like(ecg[:, 0], dtype=torch.bool)
-    if ecg_mv is None:
-        ecg_mv = torch.zeros_like(ecg[:, 0, 0])
-    return ecg_condition(encoder, ecg, leads, ecg_mv=ecg_mv, ecg_start=ecg_start,
-                         ecg_hidden=ecg_hidden, fps=fps, drop=drop, anchor=anchor,
-                         anchor_ecg=anchor_ecg)
+    return ecg_condition(encoder, ecg, leads, ecg_start=ecg_start, ecg_hidden=ecg_hidden, fps=fps,
+                         drop=drop, anchor=anchor, anchor_ecg=anchor_ecg)
 
 
 def concat_unconditional(cond):
@@ -305,7 +298,6 @@ class Trunk(nn.Module):
         self.rate = nn.Linear(1, c.dim)
         self.local_samples = round((c.ecg_before + c.ecg_after) * ECG_HZ)
         self.local_in = nn.Linear(self.local_samples, c.dim)
-        self.local_mv = nn.Linear(self.local_samples, c.dim, bias=False)
         self.local_hidden = nn.Linear(self.local_samples, c.dim, bias=False)
         self.local_lead = nn.Embedding(len(LEADS), c.dim)
         self.local_out = nn.Linear(c.dim, c.dim)
@@ -316,7 +308,7 @@ class Trunk(nn.Module):
 
         # These branches start at zero. With a usual start they are too large beside the tokens, and
         # learning stalls.
-        for layer in (self.local_out, self.local_hidden, self.local_mv, self.rate):
+        for layer in (self.local_out, self.local_hidden, self.rate):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
 
@@ -449,12 +441,9 @@ class Trunk(nn.Module):
         samples = torch.cat([anchor_ecg, samples], dim=2)                       # B L 1+T' W
         hidden = F.pad(hidden, (0, 0, 1, 0))                                    # B 1 1+T' W
 
-        # Each lead is projected under its own lead embedding, then the leads are averaged. The
-        # samples are read twice, standardised and in mV: low waves are a sign of a failing heart.
-        mv = samples * (cond.ecg_mv / USUAL_MV)[:, None, None, None]            # B L 1+T' W
-        local = self.local_in(samples) + self.local_mv(mv)                      # B L 1+T' D
+        # Each lead is projected under its own lead embedding, then the leads are averaged.
         leads = self.local_lead(cond.leads)[:, None]                                    # L 1 D
-        local = local + self.local_hidden(hidden) + leads                       # B L 1+T' D
+        local = self.local_in(samples) + self.local_hidden(hidden) + leads      # B L 1+T' D
         local = self.local_out(F.gelu(local).mean(1))                                   # B 1+T' D
 
         is_null = cond.drop[:, None, None] | (self.config.align == "cross")
@@ -861,14 +850,13 @@ def decode_window(tokenizer, tokens):
 
 @torch.no_grad()
 def stream_video(tokenizer, encoder, generator, *, ecg, leads, ecg_start, frames, fps, decoding,
-                 ecg_mv=None, first=None, seed=0, hidden=None, text=None):
+                 first=None, seed=0, hidden=None, text=None):
     """Progressive sampling: yields chunks (B, C, n, H, W) in [0, 1], `frames` frames in all.
 
-    ecg (B, L, N) cleaned, numpy, its sample 0 at ecg_start seconds; leads (L,); ecg_mv (B,) mV of
-    one unit of ecg, 0 or None = unknown; decoding, a DecodingConfig; first (B, C, 1, H, W) or None;
-    hidden (N,) or (B, N) bool or None, samples to hide; text: B lines, for a text generator;
-    encoder None for a generator of video alone. seed: a number, or one for each video: then each
-    is as if it were made alone.
+    ecg (B, L, N) cleaned, numpy, its sample 0 at ecg_start seconds; leads (L,); decoding, a
+    DecodingConfig; first (B, C, 1, H, W) or None; hidden (N,) or (B, N) bool or None, samples to
+    hide; text: B lines, for a text generator; encoder None for a generator of video alone. seed: a
+    number, or one for each video: then each is as if it were made alone.
 
     Each window knows the last `overlap` frames of the one before, the ECG of its own time span, and
     the video's first frame as its anchor. Memory does not grow with the length.
@@ -880,8 +868,6 @@ def stream_video(tokenizer, encoder, generator, *, ecg, leads, ecg_start, frames
     window = tokenizer.config.frames
     samples = encoder.config.samples if config.condition == "ecg" else 0
     leads = torch.as_tensor(leads, device=device)
-    if ecg_mv is not None:
-        ecg_mv = torch.as_tensor(ecg_mv, dtype=torch.float32, device=device)            # B
     if hidden is None:
         hidden = np.zeros(ecg.shape[-1], bool)
     hidden = np.broadcast_to(hidden, (B, ecg.shape[-1]))
@@ -908,9 +894,8 @@ def stream_video(tokenizer, encoder, generator, *, ecg, leads, ecg_start, frames
         with bfloat16(device):
             cond = build_condition(
                 config, encoder, fps=torch.full((B,), float(fps), device=device), anchor=anchor,
-                ecg=window_ecg, leads=leads, ecg_mv=ecg_mv, ecg_hidden=window_hidden,
-                anchor_ecg=anchor_ecg, text=text,
-                ecg_start=torch.full((B,), start - begin / fps, device=device))
+                ecg=window_ecg, leads=leads, ecg_hidden=window_hidden, anchor_ecg=anchor_ecg,
+                ecg_start=torch.full((B,), start - begin / fps, device=device), text=text)
             tokens = maskgit_decode(generator, tokens, num_prefix, cond, decoding, uniforms)
         if anchor is None:
             anchor = tokens[:, 0]                                               # B h w

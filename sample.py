@@ -46,7 +46,6 @@ class SampleConfig(DecodingConfig):
     ecg: str = ""               # ECG file; flat = no heart beat; empty = a built-in ECG, by --seed
     ecg_hz: float = 0           # sampling rate of an ECG file that does not say
     ecg_leads: str = ""         # its leads, such as II or I,V2; they win over the names in the file
-    ecg_in_mv: bool = True      # 0 = its scale is not known, as with a trace off a screen
     text: str = ""              # what to show, for a generator that was trained with text
     image: str = ""             # first frame: PNG, JPG, GIF or .npy
     frames: int = 64            # length of the video
@@ -65,9 +64,8 @@ class SampleConfig(DecodingConfig):
 
 class Trace(NamedTuple):
     """The ECG of one video, from before its first frame to after its last one."""
-    raw: np.ndarray             # (L, N) at 250 Hz, in mV where the unit is known
+    raw: np.ndarray             # (L, N) mV at 250 Hz
     clean: np.ndarray           # (L, N), as the model sees it
-    mv: float                   # mV of one unit of it; 0 = unknown
     disturbed: np.ndarray       # (N,) bool: gaps and artefacts, which the model must not see
     leads: list                 # names of the L leads
     start: float                # time of sample 0, seconds of the video
@@ -75,15 +73,15 @@ class Trace(NamedTuple):
 
 
 def read_or_make_ecg(config, seconds, seed):
-    """The ECG that the flags ask for: (L, N) at 250 Hz, its leads, and whether it is in mV."""
+    """The ECG that the flags ask for: (L, N) mV at 250 Hz and the names of its leads."""
     # Imported here, so that a run loads only the files that it needs.
     # No heart beat at all: the heart must stand still.
     if config.ecg == "flat":
-        return np.zeros((1, ECG_HZ)), ["I"], True
+        return np.zeros((1, ECG_HZ)), ["I"]
     if not config.ecg:
         from data.ecgsyn import make_ecg
         # At least 10 s, so that the ECG of a seed is the same for all short videos.
-        return make_ecg(seed, max(seconds, 10)).ecg.T, list(LEADS), True
+        return make_ecg(seed, max(seconds, 10)).ecg.T, list(LEADS)
     from data.ecg_files import read_ecg
     names = config.ecg_leads.split(",") if config.ecg_leads else ()
     # The flags are used where the file does not give its rate or its leads.
@@ -94,8 +92,8 @@ def load_trace(config, margin, seed):
     """The Trace of a video, with `margin` seconds of ECG before and after it."""
     seconds = config.frames / config.fps
     shift = config.shift_ms / 1000
-    # Any leads from 1 to 12: the model takes what is there.
-    ecg, leads, in_mv = read_or_make_ecg(config, seconds, seed)
+    # Millivolts; any leads from 1 to 12. The model takes what is there.
+    ecg, leads = read_or_make_ecg(config, seconds, seed)
 
     # A recording that ends before the video is repeated, from R peak to R peak.
     recorded = ecg.shape[1] / ECG_HZ
@@ -120,10 +118,7 @@ def load_trace(config, margin, seed):
     if in_video.any():
         print(f"{config.ecg}: {in_video.sum() / ECG_HZ:.2f} s of the ECG are a gap or disturbed, "
               "and hidden from the model", file=sys.stderr)
-    clean, mv = clean_ecg(ecg)
-    if not (in_mv and config.ecg_in_mv):
-        mv = 0
-    return Trace(raw=ecg, clean=clean, mv=mv, disturbed=disturbed, leads=leads, start=start,
+    return Trace(raw=ecg, clean=clean_ecg(ecg), disturbed=disturbed, leads=leads, start=start,
                  r_peaks=start + find_r_peaks(ecg))
 
 
@@ -315,7 +310,7 @@ def add_to_set(dataset, name, *, fps, path, masks, trace, metrics):
     text = "A4C view, no heartbeat"
     if ef:
         text = f"A4C view, EF {ef:.0f}"
-    # The ECG is stored as recorded: who reads the set cleans it again.
+    # The ECG is stored as recorded, in millivolts: who reads the set cleans it again.
     dataset.add(id=name, fps=fps, video=np.load(f"{path}.npy"), mask=masks, ecg=trace.raw.T,
                 ecg_offset_s=trace.start, r_peaks_s=metrics["r_peaks_s"], view="A4C",
                 ef=ef or "", text=text)
@@ -333,7 +328,6 @@ def sample_to_files(config, models, traces, *, first, seeds, paths):
     # Nothing runs yet: each window is sampled when the loop asks for it.
     chunks = stream_video(
         tokenizer, encoder, generator, ecg=np.stack([trace.clean for trace in traces]),
-        ecg_mv=np.array([trace.mv for trace in traces]),
         leads=[LEADS.index(name) for name in traces[0].leads], ecg_start=traces[0].start,
         frames=config.frames, fps=config.fps, decoding=model_config(config, DecodingConfig),
         first=first, seed=seeds, hidden=hidden, text=[config.text] * len(traces))
@@ -384,7 +378,7 @@ def make_videos(config, models, segmenter, traces, *, first, seeds, paths, datas
     for trace, seed, path in zip(traces, seeds, paths):
         began = time.time()
         metrics = measure_video(config, segmenter, trace, path=path, dataset=dataset)
-        about = {"name": path.name, "seed": seed, "leads": trace.leads, "ecg_in_mv": trace.mv > 0,
+        about = {"name": path.name, "seed": seed, "leads": trace.leads,
                  "seconds": round(seconds + time.time() - began, 2), "ecg": ecg, "device": device}
         reports.append(asdict(config) | metrics | about)
     return reports
@@ -399,12 +393,11 @@ def load_unet(config, tokenizer, condition, device):
     return load_segmenter(config.weights, tokenizer.config.channels).to(device)
 
 
-def write_meta(folder, config, tokenizer, trace):
+def write_meta(folder, config, tokenizer, leads):
     """meta.json of the prepared set of --masks."""
     c = tokenizer.config
     meta = dict(name="set", fps=config.fps, height=c.size, width=c.size, channels=c.channels,
-                leads=trace.leads, ecg_hz=ECG_HZ, ecg_unit="mV" if trace.mv else "unknown",
-                source="sample",
+                leads=leads, ecg_hz=ECG_HZ, source="sample",
                 command=" ".join(["sample.py", *sys.argv[1:]]))
     Path(folder, "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
@@ -431,7 +424,7 @@ def make_all(config, models, segmenter, traces, first, names):
                 dataset=dataset)
         if dataset:
             dataset.close()
-            write_meta(Path(part, "set"), config, models[0], traces[0])
+            write_meta(Path(part, "set"), config, models[0], traces[0].leads)
         report = reports[0]
         if config.num > 1:
             report = {"videos": reports}

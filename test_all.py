@@ -446,47 +446,6 @@ def test_anchor(tiny):
     assert not torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and torch.equal(b[:, 3:], index[:, 3:])
 
 
-def test_the_height_of_waves_in_millivolts(tiny):
-    """A generator that does not see how high the waves are; that takes an unknown height for a real one, or sees
-    it under the null context; another clip's ECG with the own height; a training that never hides it."""
-    generator, cond = tiny.generator, ecg_condition(tiny)
-    index, masked = torch.randint(0, 8192, (2, 6, 8, 8)), torch.ones(2, 6, 8, 8, dtype=torch.bool)
-    features = lambda mv, **more: generator.features(index, masked, cond._replace(ecg_mv=torch.tensor(mv), **more))
-    assert torch.equal(features([.1, .4]), features([0., 0.]))      # the weights begin at zero, and so do old ones
-    torch.nn.init.normal_(generator.local_mv.weight)
-    low, high, unknown = features([.1, .1]), features([.1, .4]), features([0., 0.])
-    assert torch.equal(low[0], high[0]) and not torch.allclose(low[1], high[1], atol=1e-3)
-    assert torch.equal(unknown, generator.features(index, masked, cond)) and not torch.allclose(unknown, low, atol=1e-3)
-    drop = torch.tensor([True, True])
-    assert torch.equal(features([.1, .4], drop=drop), features([0., 0.], drop=drop))
-    batch = {"fps": torch.full((2,), 25.), "ecg": torch.zeros(2, 1, 600), "ecg_mv": torch.tensor([.1, .4]),
-             "ecg_disturbed": torch.zeros(2, 600) > 0}
-    assert train_generator.known_of(train_generator.with_wrong_ecg(batch))["ecg_mv"].tolist() == pytest.approx([.4, .1])
-    sizes = train_generator.uniform_sizes(6 * 64)
-    uniforms = torch.rand(400, sum(sizes.values()))
-    choices = train_generator.random_choices(train_generator.TrainConfig(), uniforms, torch.ones(400).long(),
-                                             index[:1].expand(400, -1, -1, -1), index[:1, 0].expand(400, -1, -1), 600)
-    assert 0.1 < choices.no_mv.float().mean() < 0.3
-
-
-def test_a_set_may_have_ecgs_of_unknown_unit(tmp_path):
-    """Traces from a screen, whose highest wave is set to 1 mV, shown to the model as millivolts."""
-    ecg = make_ecg(0, 6).ecg[:, :2]
-    for name, unit in (("a", {}), ("b", {"ecg_unit": "unknown"})):
-        writer = Writer(tmp_path / name / "train")
-        writer.add(id="a", fps=25, video=np.zeros((100, 8, 8, 1), np.uint8), ecg=ecg, ecg_offset_s=-1)
-        writer.close()
-        meta = dict(name="x", fps=25, height=8, width=8, channels=1, leads=["I", "II"], ecg_hz=250, **unit)
-        (tmp_path / name / "meta.json").write_text(json.dumps(meta))
-    clips = Clips(f"{tmp_path}/a,{tmp_path}/b", "train")
-    found = aligned_ecg(clips, [0, 1], [0, 1], 0, 4)
-    assert found.mv[0] == pytest.approx(clean_ecg(ecg.T)[1]) and found.mv[1] == 0
-    data = RandomWindows(clips, 11, ecg_samples=600, clean=clean_ecg, leads="I,II")
-    items = [data[n] for n in range(20)]
-    assert {float(x["ecg_mv"]) for x in items if x["clip"] == 1} == {0}
-    assert {float(x["ecg_mv"]) for x in items if x["clip"] == 0} == {float(found.mv[0])}
-
-
 @pytest.mark.parametrize("n, m", [(1100, 1100), (1100, 37), (300, 300)])
 def test_attention_in_bfloat16(n, m):
     """Products of a long sequence that mix up heads or positions, or that leave out the scale; gradients of them."""
@@ -1257,7 +1216,7 @@ def check_file(path, names, write, hz=512, **how):
     """write(path, (N, 2) mV of leads I and II) makes a file; read_ecg finds its beats and its leads."""
     e, time = make_ecg(0, 8, hr=70, noise=0.3), np.arange(8 * hz) / hz
     write(path, np.stack([np.interp(time, np.arange(2000) / 250, e.ecg[:, k]) for k in (0, 1)], 1))
-    ecg, found, _ = read_ecg(path, **how)
+    ecg, found = read_ecg(path, **how)
     check_peaks(ecg, e.r_peaks, 8, within=0.02)
     assert found == names and 0.2 < np.abs(ecg).max() < 4                          # in mV
     return ecg
@@ -1284,10 +1243,10 @@ def test_wfdb_and_dicom(tmp_path):
     extra = np.array([["mV", "MLII"], ["mmHg", "ABP"]])             # a pressure is no lead: left out
     wfdb.wrsamp("two", 250, *extra.T.tolist(), np.stack([np.sin(np.arange(500.)), np.arange(500.)], 1),
                 fmt=["16"] * 2, write_dir=out)
-    ecg, leads, _ = read_ecg(tmp_path / "two.hea")
+    ecg, leads = read_ecg(tmp_path / "two.hea")
     assert leads == ["II"] and np.abs(ecg).max() == pytest.approx(1, abs=0.01)
     data = pytest.importorskip("pydicom.data")
-    ecg, leads, _ = read_ecg(data.get_testdata_file("waveform_ecg.dcm", download=False))
+    ecg, leads = read_ecg(data.get_testdata_file("waveform_ecg.dcm", download=False))
     assert leads == list(LEADS) and ecg.shape == (12, 2500) and len(find_r_peaks(ecg)) == 10
 
 
@@ -1302,18 +1261,16 @@ def test_r_peaks(hr, leads):
 def test_clean_ecg():
     """A flat lead blown up to noise of unit size, baseline wander left in, or beats lost to exact zeros."""
     beats = make_ecg(0, 10, noise=0).ecg[:, 1]
-    clean, _ = clean_ecg(np.stack([beats, beats + np.sin(1.2 * np.arange(2500) / 250)]))
+    clean = clean_ecg(np.stack([beats, beats + np.sin(1.2 * np.arange(2500) / 250)]))
     assert abs(clean.std() - 1) < 1e-3 and np.corrcoef(clean)[0, 1] > 0.98
-    (doubled, mv), half = clean_ecg(2 * beats[None]), clean_ecg(beats[None])[1]
-    assert np.allclose(doubled, clean_ecg(beats[None])[0], atol=1e-5) and np.isclose(mv, 2 * half)
-    assert clean_ecg(1e-3 * np.random.default_rng(0).standard_normal((1, 2500)))[0].std() < 0.1
+    assert clean_ecg(1e-3 * np.random.default_rng(0).standard_normal((1, 2500))).std() < 0.1
     assert np.allclose(find_r_peaks(crop_or_pad(clean, -400, 3300)) - 1.6, find_r_peaks(clean))
 
 
 def test_redrawn_ecg_keeps_its_beats():
     """An augmentation that moves or hides the QRS complex: the generator would learn a wrong delay."""
     e = make_ecg(0, 20, hr=70)
-    clean, beats = clean_ecg(e.ecg.T[1:2])[0], (e.r_peaks[1:-1, None] * 250 + np.arange(-75, 76)).astype(int)
+    clean, beats = clean_ecg(e.ecg.T[1:2]), (e.r_peaks[1:-1, None] * 250 + np.arange(-75, 76)).astype(int)
     for seed in range(40):
         x = augment_recorder_filter(clean, np.random.default_rng(seed), p=1)
         steepest = np.abs(np.gradient(x[0]))[beats].argmax(1) - 75
@@ -1615,7 +1572,7 @@ def test_a_disturbance_is_hidden_and_sets_no_scale():
     clean, ecg, r = burst()
     hidden = find_disturbed(ecg)
     assert hidden[250 * 8:250 * 11].all() and hidden.sum() < 250 * 3.6
-    seen, wanted = clean_ecg(ecg)[0], clean_ecg(clean)[0]
+    seen, wanted = clean_ecg(ecg), clean_ecg(clean)
     away = np.r_[0:250 * 7, 250 * 12:5000]
     assert np.abs(seen - wanted)[:, away].max() < 0.2 * wanted.max() and np.abs(seen).max() < 1.3 * wanted.max()
     pulse = clean.copy()
@@ -1624,7 +1581,7 @@ def test_a_disturbance_is_hidden_and_sets_no_scale():
     step[:, 1000:] += 4
     for x in (pulse, step):                    # a step leaves no trace after itself
         assert find_disturbed(x)[1000:1002].all() and find_disturbed(x).sum() < 75
-        assert np.abs(clean_ecg(x)[0] - wanted)[:, 1100:].max() < 0.1 * wanted.max()
+        assert np.abs(clean_ecg(x) - wanted)[:, 1100:].max() < 0.1 * wanted.max()
 
 
 def test_pacing_spikes_are_taken_out_and_hide_nothing():
@@ -1633,7 +1590,7 @@ def test_pacing_spikes_are_taken_out_and_hide_nothing():
     paced = e.ecg.T[1:2].copy()
     paced[:, ((e.r_peaks[e.r_peaks > 0.2] - 0.18) * 250).round().astype(int)] += 4
     assert not find_disturbed(paced).any()
-    assert np.abs(clean_ecg(paced)[0] - clean_ecg(e.ecg.T[1:2])[0]).max() < 0.3
+    assert np.abs(clean_ecg(paced) - clean_ecg(e.ecg.T[1:2])).max() < 0.3
     assert np.allclose(find_r_peaks(paced), find_r_peaks(e.ecg.T[1:2]), atol=0.01)
 
 
@@ -1641,17 +1598,17 @@ def test_gaps_in_a_signal():
     """NaN that reaches a filter (all becomes NaN), beats lost beside a gap, or a gap that is not hidden."""
     clean, ecg, r = burst()
     ecg[:, 2000:2750] = np.nan
-    hidden, (cleaned, _) = find_disturbed(ecg), clean_ecg(ecg)
+    hidden, cleaned = find_disturbed(ecg), clean_ecg(ecg)
     assert hidden[2000:2750].all() and hidden.sum() < 850 and np.isfinite(cleaned).all()
     found, far = find_r_peaks(ecg), r[(r < 7.8) | (r > 11.2)]
     assert all(np.abs(found - beat).min() < 0.03 for beat in far)
     assert abs(cleaned[:, ~hidden].std() - 1) < 0.01
     assert np.isnan(extend_periodic(ecg, -500, 6000)).any(0).sum() >= 750
     for x in (np.full((2, 300), np.nan), np.full((1, 100), np.nan), np.zeros((1, 20))):
-        assert len(find_r_peaks(x)) == 0 and np.isfinite(clean_ecg(x)[0]).all()
+        assert len(find_r_peaks(x)) == 0 and np.isfinite(clean_ecg(x)).all()
     ends = clean.copy()                         # gaps at both ends, of one lead alone
     ends[0, :500] = ends[1, -500:] = np.nan
-    assert find_disturbed(ends)[[0, 499, 4500, 4999]].all() and np.isfinite(clean_ecg(ends)[0]).all()
+    assert find_disturbed(ends)[[0, 499, 4500, 4999]].all() and np.isfinite(clean_ecg(ends)).all()
 
 
 @pytest.mark.parametrize("seconds", [0.4, 0.9, 3])
@@ -1685,24 +1642,21 @@ def test_training_hides_what_is_disturbed(tmp_path):
         hidden += item["ecg_disturbed"].float().mean().item() / 20
         anchors += (item["anchor_ecg"] == 0).all(0).any().item()
     assert 0.2 < hidden < 0.8 and anchors > 3
-    ecgs, _, disturbed = aligned_ecg(clips, [0], [0, 1], 0, 4)
+    ecgs, disturbed = aligned_ecg(clips, [0], [0, 1], 0, 4)
     assert ecgs.shape == (1, 2, 1000) and disturbed.shape == (1, 1000) and disturbed[0, 250:750].all()
 
 
 def test_evaluation_hides_what_is_disturbed(tiny, monkeypatch):
-    """A clip of a batch that is generated with the disturbance or the millivolts of another clip or ECG, or none."""
-    calls = []
+    """A clip of a batch that is generated with the disturbance of another clip, of another ECG, or of none."""
+    hidden = []
     monkeypatch.setattr(evaluate, "stream_video",
-                        lambda *models, **given: calls.append(given) or [torch.zeros(2, 1, 8, 4, 4)])
+                        lambda *models, **given: hidden.append(given["hidden"]) or [torch.zeros(2, 1, 8, 4, 4)])
     ecg, own = np.zeros((2, 1, 500)), np.zeros((2, 500), bool)
     own[1, 100:200] = True
-    inputs = evaluate.Inputs(AlignedEcg(ecg, np.array([.1, .2]), own), AlignedEcg(ecg, np.array([.2, .3]), ~own), [1],
-                             0.0, None)
+    inputs = evaluate.Inputs(AlignedEcg(ecg, own), AlignedEcg(ecg, ~own), [1], 0.0, None)
     evaluate.generate_conditions(evaluate.EvalConfig(), (tiny.tokenizer, tiny.encoder, tiny.generator), inputs,
                                  torch.zeros(2, 1, 8, 4, 4), fps=25, seed=0, conditions=["own", "swapped", "flat"])
-    hidden = [call["hidden"] for call in calls]
     assert (hidden[0] == own).all() and (hidden[1] == ~own).all() and not np.any(hidden[2])
-    assert [list(call["ecg_mv"]) for call in calls[:2]] == [[.1, .2], [.2, .3]]
 
 
 def test_training_masks_the_disturbed_samples():
@@ -1729,18 +1683,6 @@ def test_sample_hides_what_is_disturbed(tmp_path, capsys):
     assert not quiet.disturbed.any() and not capsys.readouterr().err
 
 
-def test_sample_knows_whether_an_ecg_is_in_millivolts(tmp_path, capsys):
-    """A recording of unknown unit shown as millivolts, or a --masks set of it that says so to the next training."""
-    made = make_ecg(0, 8)
-    for name, scale, known, flags in (("mv", 1, True, {}), ("high", 1000, False, {}), ("told", 1, False, {"ecg_in_mv": False})):
-        np.save(tmp_path / f"{name}.npy", scale * made.ecg[:, :2].T)
-        config = sample.SampleConfig(ecg=str(tmp_path / f"{name}.npy"), ecg_hz=250, ecg_leads="I,II", **flags)
-        trace = sample.load_trace(config, 2, 0)
-        assert (trace.mv > 0) == known and ("cannot be millivolts" in capsys.readouterr().err) == (name == "high")
-        sample.write_meta(tmp_path, config, SimpleNamespace(config=TokenizerConfig()), trace)
-        assert json.loads((tmp_path / "meta.json").read_text())["ecg_unit"] == ("mV" if known else "unknown")
-
-
 # ---------------------------------------------------------------------------- ECG files
 
 @pytest.mark.parametrize("name", ecg_files.TABLES)
@@ -1752,7 +1694,7 @@ def test_text_ecg(name, tmp_path):
     # dates cut to milliseconds know the rate of 10 s a little less well
     assert read_recording(path).hz == pytest.approx(hz, abs=3e-3 if name == "iso_ms.tsv" else 1e-3)
     rate = {"counted_mit": 360, "blanks": 360}.get(name, 500)
-    ecg, found, _ = read_ecg(path, ecg_hz=0 if hz else rate, **flags)
+    ecg, found = read_ecg(path, ecg_hz=0 if hz else rate, **flags)
     assert found == leads and abs(ecg.shape[1] - 2500) < 6 and 0.2 < np.abs(ecg).max() < 4        # mV
     check_peaks(ecg, ecg_files.BEATS.r_peaks, 10, within=0.02)
 
@@ -1763,7 +1705,7 @@ def test_text_encodings(name, encoding, tmp_path, capsys):
     """A unit that is lost with its letter, so that an ECG of 5 mV is scaled to 1 mV; a kind told by its suffix."""
     text = ecg_files.rows(500, lambda k, t, a, b: f"{t:.3f};{5000 * a:.0f}", "Zeit [s];Ableitung I [µV]")
     (tmp_path / name).write_bytes(text.encode(encoding))
-    ecg, leads, _ = read_ecg(tmp_path / name)
+    ecg, leads = read_ecg(tmp_path / name)
     expected = ecg_files.ecg_at(500)[:, 0]
     assert leads == ["I"] and np.ptp(ecg) == pytest.approx(5 * np.ptp(expected), rel=0.05)
     assert not capsys.readouterr().err
@@ -1779,7 +1721,7 @@ def hole(start, end, hz=250, leads=(0, 1)):
 def save_and_read(folder, ecg, hz):
     """read_ecg of an array in a .npy."""
     np.save(folder / "x.npy", ecg)
-    return read_ecg(folder / "x.npy", hz)[:2]
+    return read_ecg(folder / "x.npy", hz)
 
 
 @pytest.mark.parametrize("hz", [250, 130, 500])
@@ -1807,11 +1749,11 @@ def test_gap_in_times(tmp_path, capsys):
     """Samples that the recorder left out closed up: every later beat comes too early. Empty cells refused."""
     lines = ecg_files.rows(250, lambda k, t, a, b: f"{t:.3f},{a:.4f},{b:.4f}").split("\n")
     (tmp_path / "x.csv").write_text("\n".join(["time,I,II", *lines[:500], *lines[750:]]))
-    ecg, _, _ = read_ecg(tmp_path / "x.csv")
+    ecg, _ = read_ecg(tmp_path / "x.csv")
     assert ecg.shape == (2, 2500) and np.flatnonzero(np.isnan(ecg[0])).tolist() == list(range(500, 750))
     (tmp_path / "y.csv").write_text("time,I,II\n" + "\n".join(
         [*lines[:700], *(f"{k / 250:.3f},," for k in range(700, 705)), *lines[705:]]))
-    ecg, _, _ = read_ecg(tmp_path / "y.csv")
+    ecg, _ = read_ecg(tmp_path / "y.csv")
     assert ecg.shape == (2, 2500) and np.isfinite(ecg).all()
     (tmp_path / "z.csv").write_text("\n".join(["time,I,II", *lines[:200], "9999,1,1", *lines[200:]]))
     refused("rise evenly", read_ecg, tmp_path / "z.csv")
@@ -1824,7 +1766,7 @@ def test_wfdb_by_any_name(tmp_path):
     mv[700:1000] = np.nan
     wfdb.wrsamp("rec", 250, ["mV"] * 2, ["MLII", "V5"], mv, fmt=["16"] * 2, write_dir=str(tmp_path))
     by_name = [read_ecg(tmp_path / name) for name in ("rec.hea", "rec.dat", "rec")]
-    for ecg, leads, _ in by_name:
+    for ecg, leads in by_name:
         assert leads == ["II", "V5"] and np.array_equal(ecg, by_name[0][0], equal_nan=True)
         assert np.flatnonzero(np.isnan(ecg[0])).tolist() == list(range(700, 1000))
     wfdb.wrsamp("two", 250, ["mV", "mmHg"], ["MCL1", "ABP"], ecg_files.ecg_at(250), fmt=["16"] * 2, write_dir=str(tmp_path))
@@ -1847,7 +1789,7 @@ def test_device_files(name, tmp_path, capsys):
     content, hz, leads = ecg_files.DEVICES[name]
     (tmp_path / name).write_bytes(content)
     assert read_recording(tmp_path / name).hz == pytest.approx(hz, abs=1e-3)
-    ecg, found, _ = read_ecg(tmp_path / name)
+    ecg, found = read_ecg(tmp_path / name)
     assert found == leads
     if name == "part":
         return
@@ -2318,7 +2260,6 @@ def test_old_checkpoints_load(weights, tmp_path):
         saved = torch.load(weights / f"{stage}.pt")
         saved["model"] = {old.get(name, name): x for name, x in saved["model"].items()}
         assert "place" in saved["model"]
-        saved["model"].pop("local_mv.weight", None)     # the oldest generators lack it
         torch.save(saved, tmp_path / f"{stage}.pt")
         before, after = (checkpoint.load_weights(folder, stage, *classes).state_dict() for folder in (weights, tmp_path))
         assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)

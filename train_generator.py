@@ -73,7 +73,6 @@ class TrainConfig(GeneratorSettings):
     augment: bool = False           # vary the contrast of each window; turn, scale and shift it
     p_recorder_filter: float = 0.40  # share whose ECG is filtered as by another recorder
     p_hide: float = 0.20            # share with a span of the ECG hidden
-    p_no_mv: float = 0.20           # share whose ECG is of an unknown scale, not in mV
     p_anchor: float = 0.90          # share of the clips with a prefix that also see an anchor
     p_fade: float = 0.50            # share of prefixes of another brightness than their anchor
     freeze_encoder: bool = False    # leave the ECG encoder as it is
@@ -109,7 +108,6 @@ def uniform_sizes(num_tokens):
         "anchor": 1,
         "drop": 1,                      # is the ECG replaced by the null context?
         "ecg_mask": 3,                  # is a span hidden? its length and its middle
-        "no_mv": 1,                     # is the scale of the ECG unknown?
     }
 
 
@@ -205,7 +203,6 @@ class BatchChoices(NamedTuple):
     anchor: torch.Tensor            # (B, h, w) tokens, -1 = none
     drop: torch.Tensor              # (B,) True = the null context in the ECG's place
     ecg_hidden: torch.Tensor        # (B, samples) True = hidden
-    no_mv: torch.Tensor             # (B,) True = the scale of the ECG is unknown
     critic_uniforms: torch.Tensor   # (B, 2, T' h w) for the critic's input
 
 
@@ -227,7 +224,6 @@ def random_choices(config, uniforms, num_prefix, tokens, anchor_tokens, samples)
         anchor=random_anchor(u["anchor"], anchor_tokens, num_prefix, config.p_anchor),
         drop=u["drop"][:, 0] < config.p_uncond,
         ecg_hidden=random_ecg_mask(u["ecg_mask"], samples, config.p_hide),
-        no_mv=u["no_mv"][:, 0] < config.p_no_mv,
         critic_uniforms=u["critic"].unflatten(1, (2, -1)))
 
 
@@ -376,7 +372,7 @@ def critic_loss(logits, fake, free):
 
 def known_of(batch):
     """What a batch of the loader says of the ECG or text, as build_condition takes it."""
-    names = "fps", "ecg", "leads", "ecg_mv", "ecg_start", "anchor_ecg", "text"
+    names = "fps", "ecg", "leads", "ecg_start", "anchor_ecg", "text"
     known = {name: batch[name] for name in names if name in batch}
     if "ecg" in batch:
         # What is disturbed is under the ECG mask, in training as in sampling.
@@ -409,7 +405,6 @@ def batch_loss(config, model, tokenizer, batch, num_prefix, samples):
     known = known_of(batch) | dict(anchor=choices.anchor, drop=choices.drop)
     if "ecg" in batch:
         known["ecg_hidden"] = choices.ecg_hidden | batch["ecg_disturbed"]
-        known["ecg_mv"] = batch["ecg_mv"].masked_fill(choices.no_mv, 0)
     # Without these numbers the critic does not judge.
     uniforms = choices.critic_uniforms if config.critic != "none" else None
     result = model(tokens, masked, uniforms, **known)
@@ -446,7 +441,7 @@ def with_wrong_ecg(batch):
     """The same clips, each with the ECG (or text) of the clip before it."""
     # Only the ECG's own entries move; video, tokens and masks stay.
     wrong = dict(batch)
-    for name in ("ecg", "ecg_mv", "ecg_start", "ecg_disturbed", "anchor_ecg"):
+    for name in ("ecg", "ecg_start", "ecg_disturbed", "anchor_ecg"):
         if name in wrong:
             wrong[name] = wrong[name].roll(1, 0)
     if "text" in wrong:

@@ -18,8 +18,6 @@ RENAMED_KEYS = {
     "order": "temporal_position",
     "order_anchor": "anchor_position",
 }
-# Parameters that older checkpoints lack. They start at zero, so that nothing changes without them.
-NEW_KEYS = ("local_mv.weight",)
 
 
 def current_commit():
@@ -112,9 +110,6 @@ def load_weights(folder, stage, model_class, config_class, expected=None):
         check_same(path, config, expected)
 
     model = model_class(config)
-    for key, value in model.state_dict().items():
-        if key.endswith(NEW_KEYS):
-            state.setdefault(key, value)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -225,9 +220,5 @@ def load_state(path, parts, saved):
         try:
             part.load_state_dict(state)
         except (RuntimeError, ValueError, KeyError):
-            lacks = [key for key in part.state_dict() if key.endswith(NEW_KEYS)]
-            if name == "model" and lacks and lacks[0] not in state:
-                raise UserError(f"{path} was saved by an older version, whose model is smaller: "
-                                "start a new training, with --init_from") from None
             raise UserError(f"{path} was saved by a training with other flags: its {name} has "
                             "other sizes") from None

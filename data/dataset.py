@@ -1,7 +1,6 @@
 """The prepared data set and the random windows of it that a training sees. Every stage reads it.
 
-    NAME/meta.json          name, fps, height, width, channels, leads, ecg_hz, source, command;
-                            "ecg_unit": "unknown" where the ECGs are not in mV
+    NAME/meta.json          name, fps, height, width, channels, leads, ecg_hz, source, command
     NAME/SPLIT/clips.csv    one row a clip (COLUMNS below; unknown = empty)
     NAME/SPLIT/video.npy    uint8 (sum of frames, H, W, C)
     NAME/SPLIT/ecg.npy      float32 (sum of samples, L), mV at 250 Hz; optional
@@ -56,9 +55,8 @@ class Shard:
     at once. The lines stay text, and `row` reads one of them when its clip is asked for.
     """
 
-    def __init__(self, folder, meta):
+    def __init__(self, folder):
         self.folder = folder
-        self.ecg_in_mv = meta.get("ecg_unit") != "unknown"
         self.read_table(folder / "clips.csv")
         self.arrays = {}
         for name in ARRAYS:
@@ -157,7 +155,7 @@ def open_set(folder, split):
     for path in sorted(folder.iterdir()):
         # "train" and "train-00003", but not "training"
         if re.fullmatch(rf"{re.escape(split)}(-\d+)?", path.name) and (path / "clips.csv").exists():
-            shards.append(Shard(path, meta))
+            shards.append(Shard(path))
     return meta, shards
 
 
@@ -235,13 +233,8 @@ class Clips:
             many = min(frames, many)
         return shard.rows(name, shard.columns["start"][j] + start, many)
 
-    def ecg_in_mv(self, i):
-        """Whether the ECG of clip i is in millivolts; of some sets the unit is not known."""
-        shard, _ = self.locate(i)
-        return shard.ecg_in_mv
-
     def ecg(self, i, leads=None):
-        """ECG of clip i, (L, N) float32; leads: indices into the set's leads, default all."""
+        """ECG of clip i, (L, N) float32 in mV; leads: indices into the set's leads, default all."""
         shard, j = self.locate(i)
         first = shard.columns["ecg_start"][j]
         ecg = shard.rows("ecg", first, shard.columns["ecg_samples"][j]).T                  # L N
@@ -335,7 +328,6 @@ class RandomWindows(Dataset):
     with ecg_samples > 0 also:
         ecg (L, ecg_samples)     cleaned, centred on the window
         leads (L,)               indices into LEADS
-        ecg_mv                   mV of one unit of this ECG; 0 = unknown
         ecg_start                seconds of ECG sample 0 after the window's first frame
         ecg_disturbed (ecg_samples,)    True = the model must not see it, if there is find_disturbed
     with anchor_seconds:
@@ -352,7 +344,7 @@ class RandomWindows(Dataset):
     frames: int                             # T, frames of a window
     _: KW_ONLY
     ecg_samples: int = 0                    # samples of a window's ECG; 0 = items without an ECG
-    clean: Callable | None = None           # clean(ecg in mV) -> cleaned ecg, mV of one unit of it
+    clean: Callable | None = None           # clean(ecg in mV) -> ecg as the model reads it
     find_disturbed: Callable | None = None  # find_disturbed(ecg in mV) -> bool (N,)
     group: int = 1                          # items of a step's batch over all processes
     seed: int = 0
@@ -467,7 +459,7 @@ class RandomWindows(Dataset):
         if leads is None:
             leads = self.random_leads(n)
         raw = self.clips.ecg(window.clip, leads)
-        ecg, mv = self.clean(raw)                                                          # L N
+        ecg = self.clean(raw)                                                              # L N
         if self.augment_ecg:
             ecg = self.augment_ecg(ecg, rng)
 
@@ -479,7 +471,6 @@ class RandomWindows(Dataset):
         items = {
             "ecg": torch.from_numpy(crop_or_pad(ecg, first, self.ecg_samples)),
             "leads": torch.tensor([LEADS.index(self.clips.leads[k]) for k in leads]),
-            "ecg_mv": mv * self.clips.ecg_in_mv(window.clip),
             "ecg_start": offset + first / ECG_HZ - window.start / fps,
         }
         if self.find_disturbed:

@@ -1,6 +1,6 @@
 """Read an ECG file of any common kind: used by sample.py, evaluate.py and the sources.
 
-    file  ->  ecg (L, N) float32 at 250 Hz, the names of its leads, and whether it is in millivolts
+    file  ->  ecg (L, N) float32, millivolts at 250 Hz, and the names of its leads
 
 Kinds: tables as text and the Apple Watch's export (data/ecg_tables.py), JSON of Health Auto Export
 (data/ecg_json.py), .npy, WFDB (.hea), DICOM; HL7 aECG, Philips and GE MUSE XML, SCP-ECG, EDF, ISHNE
@@ -268,18 +268,11 @@ def read_recording(path):
 
 # ---------------------------------------------------------------------------- any file
 
-class Ecg(NamedTuple):
-    """What read_ecg makes of a file."""
-    signal: np.ndarray      # (L, N) float32 at 250 Hz, median 0; a gap of more than 0.2 s is NaN
-    leads: list             # names of its L leads
-    in_mv: bool             # in mV, by the file or by its size; False: scaled to a peak of 1
-
-
 def read_ecg(path, ecg_hz=0, leads=()):
-    """Any ECG file -> Ecg.
+    """Any ECG file -> ecg (L, N) float32 mV (median 0) at 250 Hz, names of its leads.
 
     ecg_hz: its sampling rate, for a file that does not say. leads: the names of its leads, which
-    win over those in the file. A gap is NaN in all leads.
+    win over those in the file. A gap of more than 0.2 s is NaN in all leads.
     UserError if it cannot be read or is no ECG.
     """
     path = Path(path)
@@ -294,12 +287,11 @@ def read_ecg(path, ecg_hz=0, leads=()):
 
     signal -= np.nanmedian(signal, axis=1, keepdims=True)
     peak = np.nanmax(np.abs(signal))
-    in_mv = bool(unit_known or 0.005 <= peak <= 10)
-    if not in_mv:
+    if not unit_known and not 0.005 <= peak <= 10:
         print(f"{path}: a peak of {peak:.3g} cannot be millivolts; scaled to 1 mV", file=sys.stderr)
         signal /= peak
     signal, hidden = bridge_gaps(path, signal, hz)
-    return Ecg(resample(signal, hidden, hz), leads, in_mv)
+    return resample(signal, hidden, hz), leads
 
 
 def choose_signals(names, mv):

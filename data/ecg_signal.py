@@ -27,8 +27,7 @@ STRETCH = 2 * ECG_HZ        # samples of 2 s, which hold a beat or more
 
 
 def clean_ecg(ecg):
-    """ecg (L, N) mV -> (L, N) float32: 0.67 to 40 Hz, mean 0, standard deviation 1; and the mV of
-    one unit of it, which is this deviation or FLAT_MV, if that is more.
+    """ecg (L, N) mV -> (L, N) float32: 0.67 to 40 Hz, mean 0, standard deviation 1.
 
     Mean and deviation are taken over leads and time together, so that leads keep their proportions.
     What is disturbed becomes level, and it does not count for mean and deviation.
@@ -39,8 +38,8 @@ def clean_ecg(ecg):
     seen = x
     if disturbed.any() and not disturbed.all():
         seen = x[:, ~disturbed]
-    mv = max(seen.std(), FLAT_MV)
-    return ((x - seen.mean()) / mv).astype(np.float32), np.float32(mv)
+    scale = max(seen.std(), FLAT_MV)
+    return ((x - seen.mean()) / scale).astype(np.float32)
 
 
 def augment_recorder_filter(ecg, rng, p):

@@ -29,7 +29,6 @@ def pick_leads(clips, names):
 class AlignedEcg(NamedTuple):
     """The ECGs of B clips in one span of time."""
     ecg: np.ndarray         # (B, L, N), cleaned
-    mv: np.ndarray          # (B,), mV of one unit of them; 0 = unknown
     disturbed: np.ndarray   # (B, N) bool: what the model must not see
 
 
@@ -37,13 +36,10 @@ def aligned_ecg(clips, numbers, leads, start, end):
     """AlignedEcg from `start` to `end` seconds after the first frame of each clip."""
     samples = round((end - start) * ECG_HZ)
     ecgs = []
-    mvs = []
     disturbed = []
     for i in numbers:
         raw = clips.ecg(i, leads)                                                   # L n
         first = round((start - clips[i]["ecg_offset_s"]) * ECG_HZ)
-        ecg, mv = clean_ecg(raw)
-        ecgs.append(crop_or_pad(ecg, first, samples))
-        mvs.append(mv * clips.ecg_in_mv(i))
+        ecgs.append(crop_or_pad(clean_ecg(raw), first, samples))
         disturbed.append(crop_or_pad(find_disturbed(raw), first, samples) > 0)
-    return AlignedEcg(np.stack(ecgs), np.stack(mvs), np.stack(disturbed))
+    return AlignedEcg(np.stack(ecgs), np.stack(disturbed))

@@ -37,7 +37,6 @@ GIF_TITLES = {TRUE: "true video", OWN_ECG: "generated: its ECG",
 class Trace(NamedTuple):
     """An ECG under which a video is generated."""
     ecg: np.ndarray         # (L, N), cleaned
-    mv: float               # mV of one unit of it; 0 = unknown
     disturbed: np.ndarray   # (N,) bool: what the model must not see
     leads: list             # names of its leads
     start: float            # time of its sample 0, seconds after the first frame
@@ -56,8 +55,8 @@ def figure_traces(config, clips, i, *, seconds, margin):
     leads = [clips.leads[k] for k in picked]
     # A window at an end of the video sees the ECG beyond it: hence the margin on both sides.
     span = dict(leads=picked, start=-margin, end=seconds + margin)
-    (ecg,), (mv,), (disturbed,) = aligned_ecg(clips, [i], **span)
-    own = Trace(ecg, mv, disturbed, leads, -margin)
+    (ecg,), (disturbed,) = aligned_ecg(clips, [i], **span)
+    own = Trace(ecg, disturbed, leads, -margin)
     traces = {
         TRUE: own,
         OWN_ECG: own,
@@ -67,17 +66,15 @@ def figure_traces(config, clips, i, *, seconds, margin):
     # A recording of one's own has no true video. It is repeated where it is too short.
     if config.ecg:
         names = config.ecg_leads.split(",") if config.ecg_leads else ()
-        ecg, names, in_mv = read_ecg(config.ecg, config.ecg_hz, names)
+        ecg, names = read_ecg(config.ecg, config.ecg_hz, names)
         samples = round((seconds + 2 * margin) * ECG_HZ)
         ecg = extend_periodic(ecg, -round(margin * ECG_HZ), samples)
-        clean, mv = clean_ecg(ecg)
-        mv = mv * (in_mv and config.ecg_in_mv)
-        traces[Path(config.ecg).stem] = Trace(clean, mv, find_disturbed(ecg), names, -margin)
+        traces[Path(config.ecg).stem] = Trace(clean_ecg(ecg), find_disturbed(ecg), names, -margin)
     # The next clip that the seed would choose lends its ECG to the last echo of the GIF.
     donors = [k for k in choose_clips(clips, 2, config.seed) if k != i]
     if donors:
-        (ecg,), (mv,), (disturbed,) = aligned_ecg(clips, donors, **span)
-        traces[DONOR] = Trace(ecg, mv, disturbed, leads, -margin)
+        (other,), (disturbed,) = aligned_ecg(clips, donors, **span)
+        traces[DONOR] = Trace(other, disturbed, leads, -margin)
     return traces
 
 

@@ -203,7 +203,7 @@ def measure_sampling(config, models, arguments, device):
     # In the order of PARTS, after the whole video.
     methods = [(tokenizer, "encode"), (tokenizer, "decode"), (encoder, "forward"),
                (generator, "sample_tokens")]
-    single = arguments | dict(ecg=arguments["ecg"][:1], ecg_mv=arguments["ecg_mv"][:1])
+    single = arguments | dict(ecg=arguments["ecg"][:1])
     forward = forward_pass(models, device)
 
     # 1. FLOPs, before anything is compiled: compiled code does not show its operations. Two
@@ -283,7 +283,6 @@ def random_batch(clips, models):
         "uniform": random_uniforms(clips, num_tokens),
         "ecg": torch.randn(clips, len(LEADS), samples),
         "leads": torch.arange(len(LEADS)).expand(clips, -1),
-        "ecg_mv": torch.full((clips,), 0.2),
         "ecg_start": torch.full((clips,), -samples / ECG_HZ / 2, dtype=torch.float64),
         "ecg_disturbed": torch.zeros(clips, samples, dtype=torch.bool),
         "anchor_ecg": torch.randn(clips, len(LEADS), generator.local_samples),

@@ -178,8 +178,7 @@ def read_waveform(path, header, leads, seconds):
 
     UserError where it lacks one of the leads, or does not last all the `seconds` of the cine.
     """
-    ecg, has, in_mv = read_ecg(path)                                    # L N
-    refuse(not in_mv, path, "the unit of its ECG is not known")
+    ecg, has = read_ecg(path)                                           # L N
     missing = set(leads) - set(has)
     refuse(missing, path, f"its ECG has {' '.join(has)}, not {' '.join(leads)}")
     start = float(header.WaveformSequence[0].get("MultiplexGroupTimeOffset") or 0) / 1000
@@ -267,8 +266,6 @@ def write_set(source, config, jobs, make):
                 height=config.size, width=config.size, channels=config.channels,
                 leads=wanted_leads(config), source=source,
                 command=" ".join([f"sources.{source}", *sys.argv[1:]]))
-    if config.ecg == "screen":
-        meta["ecg_unit"] = "unknown"
     prepare(config.out, meta, jobs, partial(make, config=config), config.workers)
 
 

@@ -46,7 +46,6 @@ class VideoEcgFolderConfig:
     channels: int = 1           # 1 = grey, 3 = colour
     ecg_hz: float = 0           # sampling rate of ECG files that do not say
     ecg_leads: str = ""         # their leads, such as II or I,V2; they win over the names in the files
-    ecg_in_mv: bool = True      # 0 = they are not in millivolts, and their unit is not known
     leads: str = ""             # of the set, a clip without one is left out; empty = the first ECG's
     least: int = 11             # a video with fewer frames is left out
     val: float = 0.1            # share of the patients in the val split
@@ -109,12 +108,9 @@ def find_pairs(src):
 
 
 def read_file_ecg(path, config):
-    """The ECG (L, N) of a file at 250 Hz, and its leads; UserError if its unit is not known."""
+    """The ECG (L, N) of a file, mV at 250 Hz, and its leads."""
     names = config.ecg_leads.split(",") if config.ecg_leads else ()
-    ecg, leads, in_mv = read_ecg(path, config.ecg_hz, names)
-    if config.ecg_in_mv and not in_mv:
-        raise UserError(f"{path}: not in millivolts; --ecg_in_mv=0 prepares a set of unknown unit")
-    return ecg, leads
+    return read_ecg(path, config.ecg_hz, names)
 
 
 def first_leads(config):
@@ -256,8 +252,6 @@ def main():
                 height=config.size, width=config.size, channels=config.channels, leads=leads,
                 source="video_ecg_folder",
                 command=" ".join(["sources.video_ecg_folder", *sys.argv[1:]]))
-    if config.ecg == "screen" or not config.ecg_in_mv:
-        meta["ecg_unit"] = "unknown"
     prepare(config.out, meta, jobs, partial(make_clip, config=config), config.workers)
 
 

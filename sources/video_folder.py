@@ -136,8 +136,6 @@ def main():
                 height=config.size, width=config.size, channels=config.channels, leads=leads,
                 source="video_folder",
                 command=" ".join(["sources.video_folder", *sys.argv[1:]]))
-    if config.ecg == "screen":
-        meta["ecg_unit"] = "unknown"
     prepare(config.out, meta, jobs, partial(make_clip, config=config), config.workers)
 
 
