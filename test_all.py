@@ -1647,16 +1647,18 @@ def test_training_hides_what_is_disturbed(tmp_path):
 
 
 def test_evaluation_hides_what_is_disturbed(tiny, monkeypatch):
-    """A clip of a batch that is generated with the disturbance of another clip, of another ECG, or of none."""
-    hidden = []
+    """A clip of a batch that is generated with the ECG, or the disturbance, of another clip than its condition says."""
+    calls = []
     monkeypatch.setattr(evaluate, "stream_video",
-                        lambda *models, **given: hidden.append(given["hidden"]) or [torch.zeros(2, 1, 8, 4, 4)])
-    ecg, own = np.zeros((2, 1, 500)), np.zeros((2, 500), bool)
+                        lambda *models, **given: calls.append(given) or [torch.zeros(2, 1, 8, 4, 4)])
+    ecg, own = np.ones((2, 1, 500)), np.zeros((2, 500), bool)
     own[1, 100:200] = True
-    inputs = evaluate.Inputs(AlignedEcg(ecg, own), AlignedEcg(ecg, ~own), [1], 0.0, None)
+    inputs = evaluate.Inputs(AlignedEcg(ecg, own), AlignedEcg(2 * ecg, ~own), [1], 0.0, None)
     evaluate.generate_conditions(evaluate.EvalConfig(), (tiny.tokenizer, tiny.encoder, tiny.generator), inputs,
                                  torch.zeros(2, 1, 8, 4, 4), fps=25, seed=0, conditions=["own", "swapped", "flat"])
+    hidden = [call["hidden"] for call in calls]
     assert (hidden[0] == own).all() and (hidden[1] == ~own).all() and not np.any(hidden[2])
+    assert [np.unique(call["ecg"]).tolist() for call in calls] == [[1], [2], [0]]
 
 
 def test_training_masks_the_disturbed_samples():
