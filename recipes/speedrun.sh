@@ -9,7 +9,8 @@
 #   MINUTES_SCALE=0.01 bash recipes/speedrun.sh   # a smoke run of every step, a minute or two
 #
 # Makes   datasets/speedrun_0, the weights runs/speedrun_0 (tokenizer, ECG encoder, generator, U-Net
-#         of the left ventricle) and the video runs/speedrun_0/sample/sample.gif.
+#         of the left ventricle), on the way runs/speedrun_0_lead (a generator of lead II), and the
+#         video runs/speedrun_0/sample/sample.gif.
 # Needs   requirements.txt, 1 GB of disk; no download, no GPU.
 # Takes   14 minutes and 20 seconds on two cores of an AMD EPYC with AVX512-BF16.
 # Expect  the LV area follows that of the true video with r .93, .94, .94 (SEED 0, 1, 2), its ED
